@@ -1,0 +1,1 @@
+"""HTTPS: the operators' API, the devices' API, and the events stream."""

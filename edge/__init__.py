@@ -1,0 +1,1 @@
+"""The process: command line, configuration, wiring, supervision, embedded PostgreSQL, logs, metrics, health."""

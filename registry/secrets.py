@@ -26,7 +26,7 @@ MAX_SECRET_TEXT = 256
 
 
 class Secret(Generic[T]):
-    """A value that must not be seen: no repr, str, format, pickle or equality by accident. `reveal()` is the only door."""
+    """A value that must not be seen: no repr, str, format or pickle by accident. `reveal()` is the only door."""
 
     __slots__ = ("_value",)
 
@@ -51,9 +51,7 @@ class Secret(Generic[T]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        mine = self._value.encode() if isinstance(self._value, str) else self._value
-        theirs = other._value.encode() if isinstance(other._value, str) else other._value
-        return hmac.compare_digest(mine, theirs)
+        return hmac.compare_digest(_as_bytes(self._value), _as_bytes(other._value))
 
     __hash__ = None  # type: ignore[assignment]  # a secret is never a dictionary key
 
@@ -92,3 +90,7 @@ def digest(presented: str) -> bytes:
 def same(one: bytes, other: bytes) -> bool:
     """Constant-time comparison of two digests."""
     return hmac.compare_digest(one, other)
+
+
+def _as_bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value

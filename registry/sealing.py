@@ -1,0 +1,196 @@
+"""Secrets that must be recoverable (PSKs, CA keys, issuer keys) are sealed under a key ring kept outside the database.
+
+A sealed value is  version(1) ‖ key id length(1) ‖ key id ‖ nonce(12) ‖ AES-256-GCM ciphertext and tag.  Its associated
+data names what the value is for and whose it is (purpose, owner, object, version): a row that is swapped with another, a
+copied column or a flipped byte fails to open. The ring holds several keys by id; the active one seals, all of them open,
+so the ring can be rotated without downtime: add a key, make it active, reseal, drop the old one.
+
+Random 96-bit nonces are safe for 2**32 seals under one key (NIST SP 800-38D §8.3), far above what a ring key ever does.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from registry.secrets import RandomBytes, Secret
+
+KEY_BYTES = 32
+NONCE_BYTES = 12
+_FORMAT = 1
+_MAX_KEY_ID = 64
+
+
+class SealBroken(Exception):
+    """A sealed value does not open: another owner's, damaged, or sealed under a key that the ring does not have."""
+
+
+class KeyRingError(Exception):
+    """The key ring cannot be used; the message says which file and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealContext:
+    """What a sealed value is bound to: moved anywhere else, it does not open."""
+
+    purpose: str
+    owner: str
+    object_id: str
+    version: int = 1
+
+    def associated_data(self) -> bytes:
+        """An unambiguous encoding: each part is preceded by its length."""
+        parts = (self.purpose, self.owner, self.object_id, str(self.version))
+        return b"gatehouse seal 1" + b"".join(len(p.encode()).to_bytes(4, "big") + p.encode() for p in parts)
+
+
+class KeyRing:
+    """The key-encryption keys by id, one of them active."""
+
+    __slots__ = ("_active", "_keys", "_random")
+
+    def __init__(self, keys: Mapping[str, Secret[bytes]], active: str, random: RandomBytes = os.urandom) -> None:
+        if active not in keys:
+            raise KeyRingError(f"the active key {active!r} is not in the ring")
+        for key_id, key in keys.items():
+            if len(key.reveal()) != KEY_BYTES:
+                raise KeyRingError(f"key {key_id!r} has {len(key.reveal())} bytes; a key has {KEY_BYTES}")
+            if not 1 <= len(key_id.encode()) <= _MAX_KEY_ID:
+                raise KeyRingError(f"a key id has 1 to {_MAX_KEY_ID} bytes")
+        self._keys = MappingProxyType(dict(keys))
+        self._active = active
+        self._random = random
+
+    @classmethod
+    def generate(cls, key_id: str = "k1", random: RandomBytes = os.urandom) -> KeyRing:
+        """A ring with one new key."""
+        return cls({key_id: Secret(random(KEY_BYTES))}, key_id, random)
+
+    @property
+    def active(self) -> str:
+        """The id of the key that seals."""
+        return self._active
+
+    def seal(self, value: Secret[bytes], context: SealContext) -> bytes:
+        """The value, readable again only with this ring and this context."""
+        key_id = self._active.encode()
+        nonce = self._random(NONCE_BYTES)
+        sealed = AESGCM(self._keys[self._active].reveal()).encrypt(nonce, value.reveal(), context.associated_data())
+        return bytes((_FORMAT, len(key_id))) + key_id + nonce + sealed
+
+    def open(self, sealed: bytes, context: SealContext) -> Secret[bytes]:
+        """The value that was sealed in this context. Raises SealBroken, always with the same few words."""
+        if len(sealed) < 2 or sealed[0] != _FORMAT:
+            raise SealBroken("not a sealed value")
+        end = 2 + sealed[1]
+        key = self._keys.get(sealed[2:end].decode("utf-8", "replace"))
+        if key is None:
+            raise SealBroken("sealed under a key that this ring does not have")
+        nonce, box = sealed[end : end + NONCE_BYTES], sealed[end + NONCE_BYTES :]
+        try:
+            return Secret(AESGCM(key.reveal()).decrypt(nonce, box, context.associated_data()))
+        except (InvalidTag, ValueError):
+            raise SealBroken("the sealed value is damaged or belongs elsewhere") from None
+
+    def derivations(self, label: bytes, material: bytes) -> list[Secret[bytes]]:
+        """32 bytes derived from `material` under each key of the ring, the active key's first.
+
+        What is derived need not be stored: after a rotation of the ring it is still found among the later entries.
+        """
+        order = [self._active, *(k for k in self._keys if k != self._active)]
+        message = len(label).to_bytes(4, "big") + label + material
+        return [Secret(hmac.digest(self._keys[k].reveal(), message, "sha256")) for k in order]
+
+    def with_new_active(self, key_id: str) -> KeyRing:
+        """This ring and one more key, which is the active one."""
+        if key_id in self._keys:
+            raise KeyRingError(f"the ring already has a key {key_id!r}")
+        return KeyRing({**self._keys, key_id: Secret(self._random(KEY_BYTES))}, key_id, self._random)
+
+    def to_json(self) -> Secret[str]:
+        """The file's content."""
+        keys = {key_id: base64.b64encode(key.reveal()).decode() for key_id, key in self._keys.items()}
+        return Secret(json.dumps({"active": self._active, "keys": keys}, indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, text: str, random: RandomBytes = os.urandom) -> KeyRing:
+        """The ring of a file's content. Raises KeyRingError without quoting the content."""
+        try:
+            document = json.loads(text)
+            keys = {str(i): Secret(base64.b64decode(k, validate=True)) for i, k in document["keys"].items()}
+            active = str(document["active"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise KeyRingError('not a key ring: {"active": ID, "keys": {ID: base64 of 32 bytes}} is expected') from None
+        return cls(keys, active, random)
+
+
+def load_or_create(path: Path) -> KeyRing:
+    """The ring at `path`; at the first start it is made, readable by its owner only. Raises KeyRingError.
+
+    Two starters at once end with one ring: the file is linked into place complete, and the loser reads the winner's.
+    """
+    if not path.exists():
+        _create(path)
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KeyRingError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not text'}") from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise KeyRingError(f"{path}: its mode is {stat.S_IMODE(mode):04o}; only its owner may read it (chmod 600)")
+    try:
+        return KeyRing.from_json(text)
+    except KeyRingError as error:
+        raise KeyRingError(f"{path}: {error}") from None
+
+
+def save(ring: KeyRing, path: Path) -> None:
+    """Write the ring over the one at `path`, all or nothing."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = _write_beside(ring, path)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _create(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = _write_beside(KeyRing.generate(), path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+        _sync(path.parent)
+    except OSError as error:
+        raise KeyRingError(f"{path}: cannot be made: {error.strerror}") from None
+
+
+def _write_beside(ring: KeyRing, path: Path) -> Path:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(ring.to_json().reveal())
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

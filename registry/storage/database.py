@@ -1,0 +1,122 @@
+"""The pool, and the border where PostgreSQL's failures become the core's.
+
+A connection that is lost before a commit was answered leaves the outcome open. Callers see `Unavailable`, never a
+success; whoever can repeat safely (an id, a unique key) may. A pool that gives no connection within its time is
+`Unavailable` too: waiting longer than the caller is no help.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeAlias
+
+import asyncpg
+import msgspec
+from asyncpg.pool import PoolConnectionProxy
+
+from registry.errors import Unavailable
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+
+ACQUIRE_SECONDS = 5.0
+"""How long a request waits for a connection before it is answered 503; below every client's own timeout."""
+
+_AWAY_CLASSES = frozenset({"08", "40", "53", "57", "58"})
+"""SQLSTATE classes that say "not now": connection, rolled-back, resources, operator intervention, system error."""
+_READ_ONLY = "25006"
+"""A standby, or a primary that was demoted: to write, another server is needed."""
+
+
+class Database:
+    """A pool of connections to one PostgreSQL."""
+
+    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], dsn: str) -> None:
+        self._pool = pool
+        self._dsn = dsn
+
+    @classmethod
+    async def open(cls, dsn: str, *, size: int = 10, statement_timeout: float = 30.0) -> Database:
+        """Connect. `statement_timeout` in seconds bounds every statement. Raises Unavailable."""
+        try:
+            pool = await asyncpg.create_pool(
+                dsn,
+                min_size=min(2, size),
+                max_size=size,
+                command_timeout=statement_timeout,
+                init=_prepare_connection,
+                max_inactive_connection_lifetime=300,
+                server_settings={"application_name": "gatehouse", "timezone": "UTC", "jit": "off"},
+            )
+        except Exception as error:
+            if not is_away(error):
+                raise
+            raise Unavailable(f"the database cannot be reached: {type(error).__name__}") from error
+        return cls(pool, dsn)
+
+    async def close(self) -> None:
+        """Close the pool; waits for running statements a little, then cuts them."""
+        try:
+            async with asyncio.timeout(5):
+                await self._pool.close()
+        except TimeoutError:
+            self._pool.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection without a transaction: each statement commits by itself. Raises Unavailable."""
+        with _mapped():
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A transaction: committed when the block ends, rolled back when it raises. Raises Unavailable."""
+        with _mapped():
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection, connection.transaction():
+                yield connection
+
+    async def dedicated(self) -> asyncpg.Connection[asyncpg.Record]:
+        """A connection of its own outside the pool, for LISTEN. The caller closes it. Raises Unavailable."""
+        with _mapped():
+            connection = await asyncpg.connect(
+                self._dsn, timeout=ACQUIRE_SECONDS, server_settings={"application_name": "gatehouse-feed"}
+            )
+            await _prepare_connection(connection)
+            return connection
+
+
+def decode_json(text: str) -> Any:
+    """What the database's json and jsonb columns hold, as Python values."""
+    return msgspec.json.decode(text)
+
+
+def encode_json(value: Any) -> str:
+    """A value for a json or jsonb column."""
+    return msgspec.json.encode(value).decode()
+
+
+async def _prepare_connection(connection: Any) -> None:
+    for name in ("json", "jsonb"):
+        await connection.set_type_codec(name, schema="pg_catalog", encoder=encode_json, decoder=decode_json)
+
+
+@contextmanager
+def _mapped() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_away(error):
+            raise
+        raise Unavailable("the database is not available") from error
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether `error` says that PostgreSQL could not answer, as opposed to having refused what was asked."""
+    if isinstance(error, asyncpg.PostgresError):
+        state = error.sqlstate or ""
+        return state[:2] in _AWAY_CLASSES or state == _READ_ONLY
+    if isinstance(error, asyncpg.InterfaceError):
+        return not isinstance(error, asyncpg.DataError | asyncpg.exceptions.ClientConfigurationError)
+    return isinstance(error, OSError | TimeoutError | asyncpg.InternalClientError)

@@ -1,0 +1,164 @@
+"""The event table: written inside other transactions, read by position below the oldest running transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+from asyncpg import Record
+
+from registry.events import Event, EventKind, NewEvent, Position
+from registry.model import DeviceId, TenantId
+from registry.storage.database import Connection
+
+_COLUMNS = """
+    seq, xid::text::bigint AS xid, event_id, tenant_id, kind, at, device_id, credential_id, session_id,
+    actor, correlation_id, data
+"""
+
+
+async def insert(connection: Connection, event: NewEvent) -> int:
+    """Write an event in the caller's transaction; its number. It is seen when, and only if, that transaction commits."""
+    number: int = await connection.fetchval(
+        """
+        INSERT INTO event (event_id, tenant_id, kind, device_id, credential_id, session_id, actor, correlation_id, data)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+        RETURNING seq
+        """,
+        uuid4(),
+        event.tenant_id,
+        event.kind.value,
+        event.device_id,
+        event.credential_id,
+        event.session_id,
+        event.actor.name,
+        event.actor.correlation_id,
+        dict(event.data),
+    )
+    return number
+
+
+async def insert_many(connection: Connection, events: list[NewEvent]) -> None:
+    """Write several events in one statement."""
+    await connection.execute(
+        """
+        INSERT INTO event (event_id, tenant_id, kind, device_id, credential_id, session_id, actor, correlation_id, data)
+        SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::uuid[], $5::uuid[], $6::uuid[], $7::text[],
+                             $8::text[], $9::jsonb[])
+        """,
+        [uuid4() for _ in events],
+        [e.tenant_id for e in events],
+        [e.kind.value for e in events],
+        [e.device_id for e in events],
+        [e.credential_id for e in events],
+        [e.session_id for e in events],
+        [e.actor.name for e in events],
+        [e.actor.correlation_id for e in events],
+        [dict(e.data) for e in events],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What a look at the table shows: `settled` can never be preceded by a later commit; `early` still could."""
+
+    settled: list[Event]
+    early: list[Event]
+    age_seconds: dict[int, float]
+    """Seconds since each event was written, by seq, on the database's clock."""
+
+
+async def read(connection: Connection, after: Position, limit: int) -> Slice:
+    """Events of all tenants after a position, for the node's own feed."""
+    rows = await connection.fetch(
+        f"""
+        SELECT {_COLUMNS}, xid < pg_snapshot_xmin(pg_current_snapshot()) AS settled,
+               extract(epoch FROM clock_timestamp() - at)::float8 AS age
+        FROM event
+        WHERE (xid, seq) > ($1::text::xid8, $2)
+        ORDER BY xid, seq
+        LIMIT $3
+        """,  # noqa: S608  # the columns are a constant of this file
+        str(after.xid),
+        after.seq,
+        limit,
+    )
+    return Slice(
+        settled=[_event(r) for r in rows if r["settled"]],
+        early=[_event(r) for r in rows if not r["settled"]],
+        age_seconds={r["seq"]: r["age"] for r in rows},
+    )
+
+
+async def newest_settled(connection: Connection) -> Position:
+    """The position from which a new reader sees only what is yet to come."""
+    row = await connection.fetchrow(
+        """
+        SELECT xid::text::bigint AS xid, seq FROM event
+        WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
+        ORDER BY xid DESC, seq DESC LIMIT 1
+        """
+    )
+    return Position(row["xid"], row["seq"]) if row else Position(0, 0)
+
+
+async def read_tenant(connection: Connection, tenant_id: TenantId, after: Position, limit: int) -> list[Event]:
+    """Settled events of one tenant after a position, oldest first."""
+    rows = await connection.fetch(
+        f"""
+        SELECT {_COLUMNS} FROM event
+        WHERE tenant_id = $1 AND (xid, seq) > ($2::text::xid8, $3)
+          AND xid < pg_snapshot_xmin(pg_current_snapshot())
+        ORDER BY xid, seq
+        LIMIT $4
+        """,  # noqa: S608  # the columns are a constant of this file
+        tenant_id,
+        str(after.xid),
+        after.seq,
+        limit,
+    )
+    return [_event(r) for r in rows]
+
+
+async def read_device(
+    connection: Connection, tenant_id: TenantId, device_id: DeviceId, before: Position | None, limit: int
+) -> list[Event]:
+    """Events of one device, newest first, committed ones at once (a timeline may be re-read)."""
+    rows = await connection.fetch(
+        f"""
+        SELECT {_COLUMNS} FROM event
+        WHERE tenant_id = $1 AND device_id = $2 AND ($3::text IS NULL OR (xid, seq) < ($3::text::xid8, $4))
+        ORDER BY xid DESC, seq DESC
+        LIMIT $5
+        """,  # noqa: S608  # the columns are a constant of this file
+        tenant_id,
+        device_id,
+        str(before.xid) if before else None,
+        before.seq if before else 0,
+        limit,
+    )
+    return [_event(r) for r in rows]
+
+
+async def rebase(connection: Connection) -> int:
+    """After a dump was restored into another cluster, transaction numbers start low again and old events would never
+    settle. Such rows are moved to transaction 0, in their old order; the number of rows moved."""
+    status = await connection.execute("UPDATE event SET xid = '0' WHERE xid > pg_current_xact_id()")
+    return int(status.rsplit(" ", 1)[-1])
+
+
+def _event(row: Record) -> Event:
+    event_id: UUID = row["event_id"]
+    return Event(
+        position=Position(row["xid"], row["seq"]),
+        event_id=event_id,
+        kind=EventKind(row["kind"]),
+        tenant_id=row["tenant_id"],
+        at=row["at"],
+        device_id=row["device_id"],
+        credential_id=row["credential_id"],
+        session_id=row["session_id"],
+        actor=row["actor"],
+        correlation_id=row["correlation_id"],
+        data=row["data"],
+    )

@@ -1,0 +1,155 @@
+"""Why devices fail, kept for the operator, bounded however hard somebody knocks.
+
+    note(…) ──► log line ──► known tenant: counted under (device, kind, reason, transport) ──► event row
+
+The first refusal of a key is written soon; repetitions within `HOLD_SECONDS` are only counted and written together
+with the count, the last peer and the last correlation ids. So a device that knocks a thousand times a second costs six
+rows a minute. At most `MAX_KEYS` keys are held and `MAX_ROWS` rows written at a time; what exceeds that is counted in
+`dropped` and still logged. A refusal of nobody known has no tenant: it is logged and counted only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from registry.errors import Unavailable
+from registry.events import EventKind, NewEvent
+from registry.feed import Feed
+from registry.model import Actor, Contact, DeviceId, TenantId, Transport
+from registry.storage import events
+from registry.storage.database import Database
+
+log = logging.getLogger(__name__)
+
+HOLD_SECONDS = 10.0
+"""Repetitions of one refusal within this time become one row."""
+MAX_KEYS = 4096
+MAX_ROWS = 256
+_FLUSH_SECONDS = 0.1
+_CORRELATIONS_KEPT = 5
+_LOG_LINES_PER_SECOND = 50
+
+
+class _Key(NamedTuple):
+    tenant_id: TenantId
+    device_id: DeviceId | None
+    kind: EventKind
+    reason: str
+    transport: Transport
+
+
+@dataclass(slots=True)
+class _Held:
+    count: int = 0
+    last_written: float = float("-inf")
+    peer: str = ""
+    correlation_ids: list[str] = field(default_factory=list)
+    detail: Mapping[str, str] = field(default_factory=dict)
+
+
+class Refusals:
+    """Collects refusals and writes them behind (ports.RefusalLog)."""
+
+    def __init__(self, database: Database, feed: Feed) -> None:
+        self._database = database
+        self._feed = feed
+        self._held: dict[_Key, _Held] = {}
+        self._writing = asyncio.Lock()
+        self._log_window = 0.0
+        self._logged = 0
+        self.dropped = 0
+
+    def note(
+        self,
+        *,
+        tenant_id: TenantId | None,
+        device_id: DeviceId | None,
+        kind: EventKind,
+        reason: str,
+        contact: Contact,
+        detail: Mapping[str, str],
+    ) -> None:
+        """Remember one refusal. Never raises, never waits. `reason` is one of the program's own texts."""
+        self._log(tenant_id, device_id, kind, reason, contact)
+        if tenant_id is None:
+            return
+        key = _Key(tenant_id, device_id, kind, reason, contact.transport)
+        held = self._held.get(key)
+        if held is None:
+            if len(self._held) >= MAX_KEYS:
+                self.dropped += 1
+                return
+            held = self._held[key] = _Held()
+        held.count += 1
+        held.peer = contact.peer
+        held.detail = detail
+        held.correlation_ids = [*held.correlation_ids[1 - _CORRELATIONS_KEPT :], contact.correlation_id]
+
+    async def run(self) -> None:
+        """Write behind for ever."""
+        while True:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            try:
+                await self.flush()
+            except Unavailable:
+                continue  # still held; written when the database is back
+
+    async def flush(self, *, device_id: DeviceId | None = None) -> None:
+        """Write what is due; all of one device's at once if it is named. Raises Unavailable, and then loses nothing."""
+        async with self._writing:
+            now = asyncio.get_running_loop().time()
+            for key in [k for k, h in self._held.items() if not h.count and now - h.last_written > HOLD_SECONDS]:
+                del self._held[key]
+            due = [
+                (key, held, held.count)
+                for key, held in self._held.items()
+                if held.count and (now - held.last_written > HOLD_SECONDS or (device_id and key.device_id == device_id))
+            ][:MAX_ROWS]
+            if not due:
+                return
+            async with self._database.connection() as connection:
+                await events.insert_many(connection, [_event(key, held) for key, held, _ in due])
+            for _, held, written in due:
+                held.count -= written
+                held.last_written = now
+        self._feed.hint()
+
+    def _log(
+        self, tenant_id: TenantId | None, device_id: DeviceId | None, kind: EventKind, reason: str, contact: Contact
+    ) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._log_window >= 1:
+            self._log_window, self._logged = now, 0
+        self._logged += 1
+        if self._logged > _LOG_LINES_PER_SECOND:
+            return
+        fields = {
+            "tenant": str(tenant_id) if tenant_id else None,
+            "device": str(device_id) if device_id else None,
+            "transport": contact.transport.value,
+            "peer": contact.peer,
+            "reason": reason,
+            "correlation_id": contact.correlation_id,
+        }
+        log.info(kind.value, extra={"fields": fields})
+
+
+def _event(key: _Key, held: _Held) -> NewEvent:
+    return NewEvent(
+        key.kind,
+        key.tenant_id,
+        Actor("system:admission", held.correlation_ids[-1]),
+        device_id=key.device_id,
+        data={
+            **held.detail,
+            "reason": key.reason,
+            "transport": key.transport.value,
+            "peer": held.peer,
+            "count": held.count,
+            "correlation_ids": list(held.correlation_ids),
+        },
+    )

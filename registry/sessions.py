@@ -1,0 +1,288 @@
+"""Live sessions of this node: the table that a revocation closes.
+
+                 open(identity)                       close_matching / kick / expiry / sweep
+    (nothing) ───────────────► pending ──recheck──► live ───────────────► closing ──► (nothing)
+                                  │ refused, or closed meanwhile            ▲
+                                  └─────────────────────────────────────────┘ ended() by the adapter: the peer left
+
+Order in `open` closes the race with a concurrent revocation (DESIGN, the funnel, 4): the session stands in the table
+*before* its credential is read again. A revocation that commits before that reading refuses it; one that commits after
+finds the session in the table, pending or live, and closes it. A session closed while pending is not admitted.
+
+Closing is polite first, under a deadline, then abrupt; all matching sessions at once. Closing changes the table, so
+the matches are copied first. The truth about a session is this memory; the database mirror (mirror.py) is for looking.
+
+Limits: sessions in total and per device. Hitting one refuses the newcomer; it never throws out somebody who is in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol
+from uuid import uuid4
+
+from registry.errors import ResourceExhausted, Unauthenticated, Unavailable
+from registry.model import (
+    ClosedSession,
+    Contact,
+    CredentialId,
+    DeviceId,
+    Identity,
+    NodeId,
+    SessionId,
+    TenantId,
+    Transport,
+)
+from registry.resolver import Resolver
+
+POLITE_SECONDS = 1.0
+"""How long a peer may take to let itself be closed politely, before the transport is aborted."""
+_CLOSING_AT_ONCE = 500
+"""Sessions closed in one turn of the loop: more would hold up everybody else's traffic."""
+
+
+class Closer(Protocol):
+    """What an adapter gives with a session: how to end it."""
+
+    async def close(self, reason: str) -> None:
+        """End it politely in the protocol's words; returns when the transport is closed. May be cancelled."""
+
+    def abort(self) -> None:
+        """End it now. Must not fail, and may be called at any time, more than once."""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One authenticated connection. Adapters hold it and check `closed` before they act for it."""
+
+    session_id: SessionId
+    identity: Identity
+    contact: Contact
+    opened_at: datetime
+    closer: Closer
+    live: bool = False
+    closed: bool = False
+    last_active: float = 0.0
+    """Loop time of the last request or packet; set by the adapter."""
+
+    @property
+    def tenant_id(self) -> TenantId:
+        return self.identity.tenant_id
+
+    @property
+    def device_id(self) -> DeviceId:
+        return self.identity.device_id
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which sessions an end concerns: one session, or one credential's, or all of a device's."""
+
+    tenant_id: TenantId
+    device_id: DeviceId | None = None
+    credential_id: CredentialId | None = None
+    session_id: SessionId | None = None
+
+
+class SessionTable:
+    """The sessions of one node."""
+
+    def __init__(
+        self,
+        node_id: NodeId,
+        resolver: Resolver,
+        *,
+        clock: Callable[[], datetime],
+        feed_lost_seconds: Callable[[], float],
+        feed_grace_seconds: float = 10.0,
+        max_sessions: int = 50_000,
+        max_per_device: int = 256,
+    ) -> None:
+        self.node_id = node_id
+        self._resolver = resolver
+        self._clock = clock
+        self._feed_lost_seconds = feed_lost_seconds
+        self._feed_grace_seconds = feed_grace_seconds
+        self._max_sessions = max_sessions
+        self._max_per_device = max_per_device
+        self._by_id: dict[SessionId, Session] = {}
+        self._by_device: dict[DeviceId, dict[SessionId, Session]] = {}
+        self._expiries: list[tuple[datetime, int, SessionId]] = []
+        self._seen: dict[DeviceId, datetime] = {}
+        self._seen_taken = 0.0
+        self._draining = False
+
+    async def open(self, identity: Identity, contact: Contact, closer: Closer) -> Session:
+        """Admit an identity on a connection.
+
+        Raises Unauthenticated (refused by the fresh reading, or revoked meanwhile), ResourceExhausted (a limit),
+        Unavailable (the database, or the revocation feed, is away). The caller calls `ended` when the connection ends.
+        """
+        self._check_room(identity)
+        loop = asyncio.get_running_loop()
+        session = Session(SessionId(uuid4()), identity, contact, self._clock(), closer, last_active=loop.time())
+        self._insert(session)
+        try:
+            session.identity = await self._resolver.recheck(identity, contact)
+            if session.closed:
+                raise Unauthenticated("revoked while the session was being opened")
+        except BaseException:
+            self.ended(session)
+            raise
+        session.live = True
+        self._seen[session.device_id] = session.opened_at
+        self._expect_expiry(session)
+        return session
+
+    def ended(self, session: Session) -> None:
+        """The connection is gone, whoever ended it. Idempotent."""
+        session.closed = True
+        session.live = False
+        if self._by_id.pop(session.session_id, None) is None:
+            return
+        siblings = self._by_device[session.device_id]
+        del siblings[session.session_id]
+        if not siblings:
+            del self._by_device[session.device_id]
+
+    def take_seen(self) -> dict[DeviceId, datetime]:
+        """Devices that were active since the last call, and when; at most as many as had sessions."""
+        now, loop_now = self._clock(), asyncio.get_running_loop().time()
+        seen, self._seen = self._seen, {}
+        for session in self._by_id.values():
+            if session.last_active > self._seen_taken:
+                seen[session.device_id] = now
+        self._seen_taken = loop_now
+        return seen
+
+    def all(self) -> list[Session]:
+        """A copy of the live ones."""
+        return [s for s in self._by_id.values() if s.live]
+
+    def count(self) -> dict[Transport, int]:
+        """Live sessions by transport."""
+        counts = dict.fromkeys(Transport, 0)
+        for session in self._by_id.values():
+            counts[session.contact.transport] += session.live
+        return counts
+
+    def matching(self, scope: Scope) -> list[Session]:
+        """A copy of those that a scope concerns, pending ones included."""
+        if scope.session_id is not None:
+            session = self._by_id.get(scope.session_id)
+            candidates: Iterable[Session] = () if session is None else (session,)
+        elif scope.device_id is not None:
+            candidates = self._by_device.get(scope.device_id, {}).values()
+        else:
+            candidates = self._by_id.values()
+        return [
+            s
+            for s in candidates
+            if s.tenant_id == scope.tenant_id
+            and (scope.credential_id is None or s.identity.credential_id == scope.credential_id)
+        ]
+
+    async def close_matching(self, scope: Scope, reason: str, *, age_seconds: float = 0.0) -> list[ClosedSession]:
+        """Close what a scope concerns, each with its time since the revocation's commit.
+
+        `age_seconds`: how long ago that commit was when this node learned of it.
+        """
+        return await self.close(self.matching(scope), reason, age_seconds=age_seconds)
+
+    async def close(self, sessions: list[Session], reason: str, *, age_seconds: float = 0.0) -> list[ClosedSession]:
+        """Close these sessions concurrently: politely under a deadline, then abruptly."""
+        loop = asyncio.get_running_loop()
+        learned = loop.time()
+        for session in sessions:  # from here on no adapter acts for them any more
+            session.closed = True
+            session.live = False
+        closed: list[ClosedSession] = []
+        for start in range(0, len(sessions), _CLOSING_AT_ONCE):
+            part = sessions[start : start + _CLOSING_AT_ONCE]
+            times = await asyncio.gather(*(self._close_one(s, reason) for s in part))
+            closed += [
+                ClosedSession(
+                    s.session_id,
+                    s.contact.transport,
+                    self.node_id,
+                    round(1000 * (age_seconds + max(0.0, at - learned)), 3),
+                )
+                for s, at in zip(part, times, strict=True)
+            ]
+        return closed
+
+    async def expire(self) -> list[Session]:
+        """Close the sessions whose credential has ended by its own date; call it every second or so."""
+        now = self._clock()
+        due: list[Session] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, _, session_id = heapq.heappop(self._expiries)
+            session = self._by_id.get(session_id)
+            if session is None or session.closed:
+                continue
+            expires_at = session.identity.expires_at
+            if expires_at is not None and expires_at <= now:
+                due.append(session)
+        await self.close(due, "credential expired")
+        return due
+
+    async def sweep(self, only: DeviceId | None = None) -> list[Session]:
+        """Compare live sessions with the store: close those that it would not admit, take over changed expiries.
+
+        The safety net under the feed, and the way a rotation's overlap reaches open sessions. Raises Unavailable.
+        """
+        sessions = list(self._by_device.get(only, {}).values()) if only is not None else self.all()
+        states = await self._resolver.states(list({s.identity.credential_id for s in sessions}))
+        doomed: list[Session] = []
+        for session in sessions:
+            state = states.get(session.identity.credential_id)
+            if state is None or self._resolver.judge(state) is not None:
+                doomed.append(session)
+            elif state.expires_at != session.identity.expires_at:
+                session.identity = replace(session.identity, expires_at=state.expires_at)
+                self._expect_expiry(session)
+        await self.close(doomed, "credential no longer valid")
+        return doomed
+
+    def drain(self) -> None:
+        """Admit nobody new: the node is going away."""
+        self._draining = True
+
+    # -- the table -------------------------------------------------------------------------------------------------
+
+    def _check_room(self, identity: Identity) -> None:
+        if self._draining:
+            raise Unavailable("this node is shutting down")
+        if self._feed_lost_seconds() > self._feed_grace_seconds:
+            raise Unavailable("this node has lost the database's events and admits nobody until they are back")
+        if len(self._by_id) >= self._max_sessions:
+            raise ResourceExhausted(f"this node has its {self._max_sessions} sessions", retry_after=5.0)
+        if len(self._by_device.get(identity.device_id, ())) >= self._max_per_device:
+            raise ResourceExhausted(f"the device has its {self._max_per_device} sessions", retry_after=1.0)
+
+    def _insert(self, session: Session) -> None:
+        self._by_id[session.session_id] = session
+        self._by_device.setdefault(session.device_id, {})[session.session_id] = session
+
+    def _expect_expiry(self, session: Session) -> None:
+        if session.identity.expires_at is None:
+            return
+        if len(self._expiries) > 2 * len(self._by_id) + 1000:  # entries of sessions that ended early pile up
+            self._expiries = [entry for entry in self._expiries if entry[2] in self._by_id]
+            heapq.heapify(self._expiries)
+        heapq.heappush(self._expiries, (session.identity.expires_at, session.session_id.int, session.session_id))
+
+    async def _close_one(self, session: Session, reason: str) -> float:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(POLITE_SECONDS):
+                await session.closer.close(reason)
+        except Exception:  # the end of a connection: however the polite way failed, the abrupt one remains
+            session.closer.abort()
+        finally:
+            self.ended(session)
+        return loop.time()

@@ -574,8 +574,6 @@ def _permissions(claims: JsonObject) -> frozenset[Permission]:
 
 
 def _known(kind: type[Word], word: object, refusal: str) -> Word:
-    if not isinstance(word, str):
-        raise _Malformed(refusal)
     try:
         return kind(word)
     except ValueError:

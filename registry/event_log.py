@@ -47,7 +47,7 @@ class EventLog:
         self._refusals = refusals
 
     async def list(self, tenant_id: TenantId, after: str | None, limit: int) -> Listing[Event]:
-        """Events after a position (the `cursor` of an earlier event), oldest first. `next_cursor` is None at the end."""
+        """Events after a position (the `cursor` of an earlier event), oldest first; no `next_cursor` at the end."""
         position = parse_position(after)
         async with self._database.connection() as connection:
             found = await events.read_tenant(connection, tenant_id, position, limit + 1)

@@ -40,6 +40,8 @@ class Ended:
     device_id: DeviceId | None = None
     credential_id: CredentialId | None = None
     session_id: SessionId | None = None
+    reason: str = "credential revoked"
+    """Told to the peer where its protocol has words for it, and to the operator."""
 
 
 class Teardown(Protocol):
@@ -56,14 +58,14 @@ class RefusalLog(Protocol):
     def note(
         self,
         *,
-        tenant_id: TenantId,
+        tenant_id: TenantId | None,
         device_id: DeviceId | None,
         kind: EventKind,
         reason: str,
         contact: Contact,
         detail: Mapping[str, str],
     ) -> None:
-        """Cheap, never waits, bounded. `reason` and `detail` hold no secrets."""
+        """Cheap, never waits, bounded. `reason` and `detail` hold no secrets. Without a tenant it is only logged."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What the resolver asks: the state of credentials and their devices, many at a time, one plan for known and unknown."""
+"""What the resolver asks: the state of credentials and their devices, many at a time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def by_lookup(
 
 
 async def by_id(connection: Connection, wanted: Sequence[CredentialId]) -> dict[CredentialId, CredentialState]:
-    """The states of those of `wanted` that exist. Across tenants: the ids are those of live sessions, not of a caller."""
+    """The states of those of `wanted` that exist. Across tenants: the ids are of live sessions, not a caller's."""
     rows = await connection.fetch(
         f"""
         SELECT {_COLUMNS}

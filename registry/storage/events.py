@@ -18,7 +18,7 @@ _COLUMNS = """
 
 
 async def insert(connection: Connection, event: NewEvent) -> int:
-    """Write an event in the caller's transaction; its number. It is seen when, and only if, that transaction commits."""
+    """Write an event in the caller's transaction; its number. It is seen if, and when, that transaction commits."""
     number: int = await connection.fetchval(
         """
         INSERT INTO event (event_id, tenant_id, kind, device_id, credential_id, session_id, actor, correlation_id, data)

@@ -1,0 +1,253 @@
+"""Certificates as others see them: fingerprints, PEM bundles, PKCS#7 for EST, and foreign certificates.
+
+A certificate is identified by the SHA-256 of its DER. A chain is a tuple of DER, the leaf first, each next one the
+issuer of the one before (the order in which TLS sends them, RFC 8446 §4.4.2).
+
+A foreign certificate is one that a customer's own CA made. Gatehouse does not judge its chain, because it does not
+know the CA; it only needs to read it safely, keep its fingerprint and dates, and refuse what could never work in TLS.
+Names in it are somebody else's text: they are escaped and cut before anybody sees them.
+
+Pure. Bad input raises BadCertificate, whatever the bytes, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from hashlib import sha256
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+from cryptography.utils import CryptographyDeprecationWarning
+
+from certs.pem import MalformedPem, read_blocks, write_block
+
+MAXIMUM_CERTIFICATE_BYTES: Final = 16 * 1024
+"""The largest device certificates in use, with RSA-4096 and policy texts, are below 4 KB."""
+MAXIMUM_CHAIN_BYTES: Final = 128 * 1024
+MAXIMUM_CHAIN_LENGTH: Final = 16
+"""TLS stacks stop at about ten; a bundle of several generations of authorities may be a little longer."""
+_MAXIMUM_NAME_CHARACTERS = 256
+_MINIMUM_RSA_BITS = 2048  # OpenSSL's security level 2, the default, refuses shorter ones in the handshake
+_MIME_LINE = 76  # RFC 2045 §6.8
+# The warning is what the library says of a serial that is not positive and of Diffie-Hellman keys; where warnings are
+# errors it arrives as an exception, and both are refused here anyhow.
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    CryptographyDeprecationWarning,
+)
+
+
+class CertificateFault(Enum):
+    """What a refused certificate failed on: a stable word for logs and counters."""
+
+    TOO_LARGE = "too_large"
+    NOT_A_CERTIFICATE = "not_a_certificate"
+    PRIVATE_KEY = "private_key"
+    MALFORMED = "malformed"
+    KEY = "key"
+    VALIDITY = "validity"
+
+
+class BadCertificate(ValueError):
+    """A certificate or bundle is refused. `message` may be shown to the caller: it never quotes the input."""
+
+    def __init__(self, reason: CertificateFault, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignCertificate:
+    """What Gatehouse keeps of a certificate that somebody else's CA made. All texts are safe to print."""
+
+    der: bytes
+    fingerprint: str
+    """Lower-case hex SHA-256 of the DER."""
+    subject: str
+    issuer: str
+    serial_hex: str
+    """Lower-case hex, two digits an octet."""
+    not_before: datetime
+    not_after: datetime
+    public_key_kind: str
+    """Such as `ec-secp256r1`, `ed25519`, `rsa-2048`."""
+
+
+def fingerprint(der: bytes) -> str:
+    """The lower-case hex SHA-256 of a certificate's DER: what the resolver looks up."""
+    return sha256(der).hexdigest()
+
+
+def serial_hex(serial: int) -> str:
+    """A serial as it is written everywhere in Gatehouse: lower-case hex, two digits an octet, no separators."""
+    text = f"{serial:x}"
+    return text if len(text) % 2 == 0 else f"0{text}"
+
+
+def bundle(certificates: Iterable[bytes]) -> bytes:
+    """Certificates (DER) as one PEM text, in the order given."""
+    return b"".join(write_block("CERTIFICATE", der) for der in certificates)
+
+
+def unbundle(pem: bytes) -> tuple[bytes, ...]:
+    """The certificates (DER) of a PEM text, in its order; at least one. Raises BadCertificate."""
+    if len(pem) > MAXIMUM_CHAIN_BYTES:
+        raise BadCertificate(
+            CertificateFault.TOO_LARGE, f"a bundle of {len(pem)} bytes; at most {MAXIMUM_CHAIN_BYTES} are read"
+        )
+    try:
+        blocks = read_blocks(pem)
+    except MalformedPem as error:
+        raise BadCertificate(CertificateFault.NOT_A_CERTIFICATE, f"not a certificate in PEM: {error}") from None
+    if any(block.is_private_key for block in blocks):
+        raise BadCertificate(
+            CertificateFault.PRIVATE_KEY,
+            "the text contains a private key: treat that key as exposed, and send the certificate only",
+        )
+    if not blocks or any(block.label != "CERTIFICATE" for block in blocks):
+        raise BadCertificate(
+            CertificateFault.NOT_A_CERTIFICATE,
+            "no certificate, or something else beside it; only CERTIFICATE blocks are allowed",
+        )
+    if len(blocks) > MAXIMUM_CHAIN_LENGTH:
+        raise BadCertificate(
+            CertificateFault.TOO_LARGE, f"{len(blocks)} certificates; at most {MAXIMUM_CHAIN_LENGTH} are allowed"
+        )
+    for block in blocks:
+        _load(block.der)
+    return tuple(block.der for block in blocks)
+
+
+def order_chain(leaf: bytes, others: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The leaf and those of the others that lead from it towards a root, in TLS's order; the rest is left out.
+
+    Raises BadCertificate for bytes that are not certificates. Signatures decide, not names.
+    """
+    if len(others) > MAXIMUM_CHAIN_LENGTH:
+        raise BadCertificate(
+            CertificateFault.TOO_LARGE, f"{len(others)} certificates; at most {MAXIMUM_CHAIN_LENGTH} are allowed"
+        )
+    pool = [_load(der) for der in others if der != leaf]
+    chain = [_load(leaf)]
+    while (issuer := _issuer_among(pool, chain[-1])) is not None:
+        chain.append(issuer)
+        pool = [certificate for certificate in pool if certificate != issuer]
+    return tuple(certificate.public_bytes(Encoding.DER) for certificate in chain)
+
+
+def pkcs7_der(certificates: Sequence[bytes]) -> bytes:
+    """A certs-only CMS SignedData (RFC 5652 §5, RFC 7030 §4.1.3) of certificates (DER); for EST over CoAP as it is."""
+    return pkcs7.serialize_certificates([_load(der) for der in certificates], Encoding.DER)
+
+
+def pkcs7_base64(certificates: Sequence[bytes]) -> bytes:
+    """The same in base64 with lines of 76 characters, as EST carries it over HTTPS (RFC 7030 §4.1.3)."""
+    text = base64.b64encode(pkcs7_der(certificates))
+    return b"\r\n".join(text[at : at + _MIME_LINE] for at in range(0, len(text), _MIME_LINE)) + b"\r\n"
+
+
+def read_foreign_certificate(pem: bytes) -> ForeignCertificate:
+    """Reads the one certificate of a PEM text, made by any CA or self-signed. Raises BadCertificate.
+
+    Its chain and its dates are not judged: whether it is valid *now* is for each connection to decide.
+    """
+    if len(pem) > MAXIMUM_CERTIFICATE_BYTES:
+        raise BadCertificate(
+            CertificateFault.TOO_LARGE,
+            f"a certificate of {len(pem)} bytes; at most {MAXIMUM_CERTIFICATE_BYTES} are read",
+        )
+    certificates = unbundle(pem)
+    if len(certificates) != 1:
+        raise BadCertificate(
+            CertificateFault.NOT_A_CERTIFICATE,
+            f"{len(certificates)} certificates; exactly one is allowed, the device's own without its chain",
+        )
+    return describe_certificate(certificates[0])
+
+
+def describe_certificate(der: bytes) -> ForeignCertificate:
+    """The same for DER, such as a TLS peer's. Raises BadCertificate."""
+    if len(der) > MAXIMUM_CERTIFICATE_BYTES:
+        raise BadCertificate(
+            CertificateFault.TOO_LARGE,
+            f"a certificate of {len(der)} bytes; at most {MAXIMUM_CERTIFICATE_BYTES} are read",
+        )
+    certificate = _load(der)
+    try:
+        subject, issuer = certificate.subject.rfc4514_string(), certificate.issuer.rfc4514_string()
+        not_before, not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        key = certificate.public_key()
+    except _UNREADABLE:
+        raise BadCertificate(
+            CertificateFault.MALFORMED, "a name, a date or the public key of the certificate cannot be read"
+        ) from None
+    if not_after < not_before:
+        raise BadCertificate(CertificateFault.VALIDITY, "the certificate ends before it begins")
+    return ForeignCertificate(
+        der=der,
+        fingerprint=fingerprint(der),
+        subject=_printable(subject),
+        issuer=_printable(issuer),
+        serial_hex=serial_hex(certificate.serial_number),
+        not_before=not_before,
+        not_after=not_after,
+        public_key_kind=_describe_key(key),
+    )
+
+
+def _load(der: bytes) -> x509.Certificate:
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        serial = certificate.serial_number
+    except _UNREADABLE:
+        raise BadCertificate(CertificateFault.MALFORMED, "not a certificate of X.509 in DER") from None
+    if serial <= 0:
+        raise BadCertificate(
+            CertificateFault.MALFORMED, "the serial number of the certificate is not positive, as RFC 5280 demands"
+        )
+    return certificate
+
+
+def _issuer_among(pool: Iterable[x509.Certificate], certificate: x509.Certificate) -> x509.Certificate | None:
+    for candidate in pool:
+        try:
+            certificate.verify_directly_issued_by(candidate)
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+            continue
+        return candidate
+    return None
+
+
+def _describe_key(key: PublicKeyTypes) -> str:
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= _MINIMUM_RSA_BITS:
+        return f"rsa-{key.key_size}"
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1 | ec.SECP521R1):
+        return f"ec-{key.curve.name}"
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        return "ed25519"
+    if isinstance(key, ed448.Ed448PublicKey):
+        return "ed448"
+    raise BadCertificate(
+        CertificateFault.KEY,
+        f"the key of the certificate is of no use in TLS; allowed are RSA from {_MINIMUM_RSA_BITS} bits, P-256, P-384, "
+        "P-521, Ed25519 and Ed448",
+    )
+
+
+def _printable(name: str) -> str:
+    """Somebody else's text: controls and invisible characters become escapes, and it is cut."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    return text if len(text) <= _MAXIMUM_NAME_CHARACTERS else f"{text[: _MAXIMUM_NAME_CHARACTERS - 1]}…"

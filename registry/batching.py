@@ -1,11 +1,15 @@
 """Group work without a timer: while one batch is under way the next one fills.
 
-    submit(item) ──► queue (bounded) ──► runner: take what is there, up to max_items ──► process(items) ──► results
+    submit(item) ──► queue (bounded) ──► runner: take what is there, up to a batch ──► process(items) ──► results
 
 Invariants: every submitted item gets exactly one outcome, its own result or an exception; nothing is dropped, not even
-when the runner is stopped (the rest is failed with Unavailable). A full queue refuses at once with Unavailable, so that
-the caller can answer "later" instead of holding memory. Under a light load a batch has one item and waits for nobody;
-under a heavy one the batches grow by themselves, which is where the throughput comes from.
+when a runner is cancelled (what then waits is failed with Unavailable). A full queue refuses at once with Unavailable,
+so that the caller can answer "later" instead of holding memory. Under a light load a batch has one item and waits for
+nobody; under a heavy one the batches grow by themselves, which is where the throughput comes from.
+
+Whether a runner is at work is known without delay: it leaves the table in the same step in which it finds the queue
+empty. A task that has returned counts as running until the loop has called its callbacks, and an item that is
+submitted in that gap would wait for nobody.
 
 A caller that is cancelled leaves its item in the batch: the work may already be under way, and its result is dropped.
 """
@@ -39,15 +43,26 @@ class Batcher(Generic[Item, Result]):
         max_queued: int,
         runners: int = 1,
         observe: Callable[[int, float], None] | None = None,
+        weigh: Callable[[Item], int] | None = None,
+        max_weight: int = 0,
+        max_queued_weight: int = 0,
     ) -> None:
-        """`observe(items, seconds)` is told of each finished batch."""
+        """`observe(items, seconds)` is told of each finished batch.
+
+        With `weigh` (in bytes, or any unit), a batch takes items up to `max_weight`, but at least one, and the queue
+        refuses what would bring it above `max_queued_weight`, unless it is empty.
+        """
         self._name = name
         self._process = process
         self._max_items = max_items
         self._max_queued = max_queued
         self._max_runners = runners
         self._observe = observe
-        self._queue: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._weigh = weigh
+        self._max_weight = max_weight
+        self._max_queued_weight = max_queued_weight
+        self._queue: deque[tuple[Item, asyncio.Future[Result], int]] = deque()
+        self._queued_weight = 0
         self._running: set[asyncio.Task[None]] = set()
         self._stopped = False
 
@@ -62,13 +77,19 @@ class Batcher(Generic[Item, Result]):
             raise Unavailable(f"{self._name} is stopping")
         if len(self._queue) >= self._max_queued:
             raise Unavailable(f"{self._name} is at its limit of {self._max_queued} waiting items")
+        weight = 0
+        if self._weigh is not None:
+            weight = self._weigh(item)
+            if self._queue and self._queued_weight + weight > self._max_queued_weight:
+                raise Unavailable(f"{self._name} is at its limit of {self._max_queued_weight} waiting bytes")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
-        self._queue.append((item, future))
+        self._queue.append((item, future, weight))
+        self._queued_weight += weight
         if len(self._running) < self._max_runners:
             task = loop.create_task(self._run(), name=f"batcher {self._name}")
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            task.add_done_callback(self._ended)
         return future
 
     async def stop(self) -> None:
@@ -78,33 +99,67 @@ class Batcher(Generic[Item, Result]):
             await asyncio.wait(self._running)
 
     async def _run(self) -> None:
-        # One turn of the loop lets everything that became ready together join the first batch.
-        await asyncio.sleep(0)
-        loop = asyncio.get_running_loop()
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(self._max_items, len(self._queue)))]
-            started = loop.time()
-            await self._settle(batch)
-            if self._observe is not None:
-                self._observe(len(batch), loop.time() - started)
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            # One turn of the loop lets everything that became ready together join the first batch.
+            await asyncio.sleep(0)
+            loop = asyncio.get_running_loop()
+            while self._queue:
+                batch = self._take()
+                started = loop.time()
+                await self._settle(batch)
+                if self._observe is not None:
+                    self._observe(len(batch), loop.time() - started)
+        finally:
+            self._running.discard(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        # One that was cancelled before its first step has not left the table by itself.
+        self._running.discard(task)
+        if task.cancelled() and not self._running:
+            self._fail_queued()
+
+    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+        taken = 0
+        queue = self._queue
+        while queue and len(batch) < self._max_items:
+            item, future, weight = queue[0]
+            if batch and self._weigh is not None and taken + weight > self._max_weight:
+                break
+            queue.popleft()
+            batch.append((item, future))
+            taken += weight
+        self._queued_weight -= taken
+        return batch
 
     async def _settle(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
         try:
             outcomes = await self._process([item for item, _ in batch])
+            if len(outcomes) != len(batch):
+                raise RuntimeError(f"{self._name} answered {len(outcomes)} outcomes for {len(batch)} items")
         except BaseException as error:
             failure = Unavailable(f"{self._name} was stopped") if isinstance(error, asyncio.CancelledError) else error
             for _, future in batch:
-                if not future.done():
-                    future.set_exception(failure)
-                    future.exception()  # a caller that went away does not make this an unseen error
+                _fail(future, failure)
             if not isinstance(error, Exception):
                 raise
             return
         for (_, future), outcome in zip(batch, outcomes, strict=True):
-            if future.done():
-                continue
             if isinstance(outcome, BaseException):
-                future.set_exception(outcome)
-                future.exception()
-            else:
+                _fail(future, outcome)
+            elif not future.done():
                 future.set_result(outcome)
+
+    def _fail_queued(self) -> None:
+        while self._queue:
+            _, future, _ = self._queue.popleft()
+            _fail(future, Unavailable(f"{self._name} was stopped"))
+        self._queued_weight = 0
+
+
+def _fail(future: asyncio.Future[Result], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # a caller that went away does not make this an unseen error

@@ -14,8 +14,8 @@ Invariants
 
 What can race: a crash with stop() (the supervisor is cancelled first, then whatever child there is gets stopped); a
 restart with backends orphaned by a killed postmaster (they are waited for, else PostgreSQL refuses the directory).
-What can be lost: with fsync on nothing committed; connections and running transactions in a crash; log lines still in the
-pipe when we are killed.
+What can be lost: with fsync on nothing committed; connections and running transactions in a crash; log lines still in
+the pipe when we are killed.
 
 Files in D: owner.lock, attached.lock, postgres.json, postgres.log[.1], postgres/, postgres-socket, secrets/,
 and, if root runs the wheel's programs from a place closed to others, postgres-programs/.
@@ -109,12 +109,9 @@ SETTINGS: Mapping[str, str] = MappingProxyType(
         "restart_after_crash": "on",  # a killed backend is PostgreSQL's own to heal
     }
 )
+# For tests: a power cut would lose the cluster.
 WITHOUT_FSYNC: Mapping[str, str] = MappingProxyType(
-    {
-        "fsync": "off",
-        "full_page_writes": "off",
-        "synchronous_commit": "off",
-    }  # tests only: a power cut loses the cluster
+    {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}
 )
 
 SERVE_PATIENCE = 30.0  # seconds a starting `serve` gives a command that owns the directory
@@ -123,6 +120,8 @@ START_SECONDS = 300.0  # replaying much WAL on slow storage takes minutes
 LEFTOVER_SECONDS = 8.0  # a killed owner's server is gone in well under one; PostgreSQL itself gives up after 5
 CONNECT_SECONDS = 10.0
 READY_POLL = 0.02
+# No socket yet, starting up, or just ending; InternalClientError is how asyncpg may tell of a connection lost midway.
+NOT_NOW = (OSError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, asyncpg.InternalClientError)
 STOP_STEPS = ((signal.SIGINT, 20.0), (signal.SIGQUIT, 8.0), (signal.SIGKILL, 5.0))  # fast, immediate, none
 BACK_OFF = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)  # seconds before each try; the last one repeats
 STEADY_SECONDS = 60.0  # a server that lived this long starts the back-off anew
@@ -131,9 +130,13 @@ STEADY_SECONDS = 60.0  # a server that lived this long starts the back-off anew
 class EmbeddedPostgres:
     """PostgreSQL on `data_dir`; `async with` starts and stops it.
 
-    `owner` says what we are to others who want the directory. `binaries` overrides the search (which reads `environ`,
-    by default the process's). `run_as` names the user when we are root. `settings` go over SETTINGS. `fsync=False` is for
-    tests. While the server is down after a crash, `crashed` is set and `ready` is not; it is tried again for ever.
+    `owner` says what we are to others who want the directory; a `serve` waits `patience` seconds for a command that has
+    it. `binaries` overrides the search (which reads `environ`, by default the process's). `run_as` names the user when
+    we are root. `settings` go over SETTINGS. `fsync=False` is for tests. `start_seconds` bounds one start, recovery
+    included.
+
+    While the server is down after a crash, `crashed` is set and `ready` is not; it is tried again for ever. `restarts`
+    counts the returns.
     """
 
     def __init__(
@@ -196,10 +199,11 @@ class EmbeddedPostgres:
         """Own the directory, make the cluster if there is none, and return when a connection has succeeded.
 
         `lock` is the owner lock if the caller already holds it; it is released by stop() or a failure here.
-        Raises DataDirectoryBusy, or PostgresUnavailable with PostgreSQL's last lines. Either way nothing is left running.
+        Raises DataDirectoryBusy, or PostgresUnavailable with PostgreSQL's last lines; nothing is left running then.
         """
         if self._lock is not None:
             raise RuntimeError("already started")
+        self._lock = lock
         try:
             self._data_dir.mkdir(parents=True, exist_ok=True)
             self._lock = lock or await own(self._data_dir, self._owner, patience=self._patience)
@@ -311,8 +315,7 @@ class EmbeddedPostgres:
                 raise PostgresUnavailable(
                     f"PostgreSQL does not take the password in {self._data_dir}/secrets/postgres-password"
                 ) from error
-            except (OSError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError):
-                # No socket yet, the database system is starting up, or the process is just ending.
+            except NOT_NOW:
                 await asyncio.sleep(READY_POLL)
         raise PostgresUnavailable(f"PostgreSQL was not ready after {self._start_seconds:.0f} s:\n{self._log.tail()}")
 
@@ -399,26 +402,19 @@ async def attach_or_start(
 ) -> AsyncIterator[PostgresHandle]:
     """Use the PostgreSQL of `data_dir` for one command: the running one if there is one, else our own until the end.
 
-    The arguments but `patience` matter only in the second case. Raises DataDirectoryBusy if an owner is neither ready nor
-    gone within `patience` seconds, and PostgresUnavailable.
+    The arguments but `patience` matter only in the second case. Raises DataDirectoryBusy if an owner is neither ready
+    nor gone within `patience` seconds, and PostgresUnavailable.
     """
-    data_dir = data_dir.absolute()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + patience
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        while (lock := try_own(data_dir, owner)) is None:
-            with attached(data_dir) as granted:
-                if granted and (dsn := await _running_dsn(data_dir)) is not None:
-                    yield PostgresHandle(dsn, owned=False)
-                    return
-            if loop.time() >= deadline:
-                raise DataDirectoryBusy(data_dir, current_holder(data_dir))
-            await asyncio.sleep(POLL)
-    except PermissionError as error:
-        raise PostgresUnavailable(
-            f"{error.filename} is closed to user {os.geteuid()}; run as the server's user"
-        ) from error
+    while (lock := _try_own(data_dir, owner)) is None:
+        with attached(data_dir) as granted:
+            if granted and (dsn := await _running_dsn(data_dir)) is not None:
+                yield PostgresHandle(dsn, owned=False)
+                return
+        if loop.time() >= deadline:
+            raise DataDirectoryBusy(data_dir, current_holder(data_dir))
+        await asyncio.sleep(POLL)
     embedded = EmbeddedPostgres(data_dir, owner=owner, binaries=binaries, fsync=fsync, run_as=run_as, environ=environ)
     await embedded.start(lock)
     try:
@@ -464,6 +460,17 @@ async def _make_database(running: _Running) -> None:
         await connection.close(timeout=CONNECT_SECONDS)
 
 
+def _try_own(data_dir: Path, owner: Role) -> FileLock | None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return try_own(data_dir, owner)
+    except PermissionError as error:
+        message = f"{error.filename} is closed to user {os.geteuid()}; run as the server's user"
+        raise PostgresUnavailable(message) from error
+    except OSError as error:
+        raise PostgresUnavailable(f"cannot use the data directory {data_dir}: {error}") from error
+
+
 async def _running_dsn(data_dir: Path) -> str | None:
     try:
         announced = json.loads((data_dir / "postgres.json").read_text())
@@ -471,9 +478,9 @@ async def _running_dsn(data_dir: Path) -> str | None:
             return None  # a killed owner's; the present one is not ready
         dsn = _dsn(Path(announced["socket_directory"]), password(data_dir, cluster_exists=True), DATABASE)
         connection = await asyncpg.connect(dsn=dsn, timeout=CONNECT_SECONDS)
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError):
+    except asyncpg.InvalidPasswordError as error:
+        raise PostgresUnavailable(f"the PostgreSQL of {data_dir} does not take the password in its secrets") from error
+    except (*NOT_NOW, ValueError, KeyError):
         return None
     await connection.close(timeout=CONNECT_SECONDS)
     return dsn

@@ -4,12 +4,13 @@
     D/postgres.new-*/             a cluster being made: {password, data/}; swept away at the next start
     D/postgres/                   0700; appears by one durable rename of a complete, synced `data`
 
-What can be lost: nothing that was acknowledged, since no client can connect before the rename. A kill at any point leaves
-either no D/postgres, and the next start makes one with the same password, or a whole one.
+What can be lost: nothing that was acknowledged, since no client can connect before the rename. A kill at any point
+leaves either no D/postgres, and the next start makes one with the same password, or a whole one.
 
 When root runs PostgreSQL as an `Account`, the directories belong to that account but the directories above them may
-be closed to it. PostgreSQL is then given `/proc/self/fd/N` of an inherited descriptor instead of the path: resolving that
-link does not walk the parents (proc(5)), and the descriptor is inherited by every backend. `Doorway` hides the difference.
+be closed to it. PostgreSQL is then given `/proc/self/fd/N` of an inherited descriptor instead of the path: resolving
+that link does not walk the parents (proc(5)), and every backend inherits the descriptor. `Doorway` hides the
+difference. Elsewhere than on Linux the account must be able to walk there.
 """
 
 import os
@@ -110,9 +111,12 @@ def write_durably(path: Path, text: str) -> None:
     try:
         os.write(descriptor, text.encode())
         os.fsync(descriptor)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     finally:
         os.close(descriptor)
-    beside.replace(path)
     sync_directory(path.parent)
 
 
@@ -125,7 +129,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def sweep_unfinished(data_dir: Path) -> None:
-    """Remove what an interrupted `make_cluster` left. Its last process may still be writing; the next start sweeps again."""
+    """Remove what an interrupted `make_cluster` left; if its last process still writes there, the next start does."""
     for leftover in data_dir.glob(UNFINISHED + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

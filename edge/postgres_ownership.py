@@ -87,9 +87,9 @@ class FileLock:
 
 
 async def own(data_dir: Path, role: Role, *, patience: float) -> FileLock:
-    """Become the owner of `data_dir`, which must exist. A `serve` in the way fails at once; a `command` after `patience` s.
+    """Become the owner of `data_dir`, which must exist; its text then says so.
 
-    Raises DataDirectoryBusy.
+    Raises DataDirectoryBusy: at once if a `serve` is in the way, after `patience` seconds for a `command`.
     """
     lock = FileLock(data_dir / OWNER_FILE)
     loop = asyncio.get_running_loop()
@@ -144,7 +144,7 @@ async def nobody_attached(data_dir: Path) -> FileLock:
     """Wait, without bound, until no command is attached. Close the lock only after the server has stopped."""
     lock = FileLock(data_dir / ATTACHED_FILE)
     try:
-        while not lock.take():
+        while not lock.take():  # noqa: ASYNC110 - another process cannot set our Event
             await asyncio.sleep(POLL)
     except BaseException:
         lock.close()

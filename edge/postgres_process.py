@@ -41,6 +41,8 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C", "TZ": "UT
 LOG_BYTES = 4 << 20  # days of an ordinary server's lines; one older file of the same size is kept
 LINE_BYTES = 16 << 10  # a longer line is cut where it is read
 TAIL_LINES = 20  # enough to hold PostgreSQL's error with its detail and hint
+QUIT_SECONDS = 6.0  # told to stop at once, a postmaster gives its backends 5 s and then kills them itself
+KILL_SECONDS = 5.0  # for the kernel to take the processes apart
 RESIDENT_POLL = 0.03  # seconds
 
 
@@ -212,13 +214,12 @@ def residents(cluster: Path) -> list[Resident]:
 
 
 async def evict_residents(cluster: Path, *, patience: float) -> bool:
-    """Wait until no PostgreSQL lives in `cluster`; after `patience` seconds tell it to stop, 6 seconds later kill it.
+    """Wait until no PostgreSQL lives in `cluster`; after `patience` seconds tell it to stop, later kill it.
 
     Call it only while holding the directory's owner lock. False if some process outlives even that.
     """
     loop = asyncio.get_running_loop()
-    # Asked to stop at once, a postmaster gives its backends 5 s and kills them itself.
-    for number, seconds in ((None, patience), (signal.SIGQUIT, 6.0), (signal.SIGKILL, 5.0)):
+    for number, seconds in ((None, patience), (signal.SIGQUIT, QUIT_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         deadline = loop.time() + seconds
         remaining = await asyncio.to_thread(residents, cluster)
         if number is not None:

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0
 TICK_SECONDS = 0.5
-SWEEP_SECONDS = 30.0
 SEEN_SECONDS = 10.0
 """How often `last_seen_at` is written for devices that are active: the precision of that field."""
 
@@ -49,13 +48,20 @@ class Node:
     """Keeps this node's place in the database."""
 
     def __init__(
-        self, database: Database, sessions: SessionTable, teardown: Teardown, *, clock: Callable[[], datetime]
+        self,
+        database: Database,
+        sessions: SessionTable,
+        teardown: Teardown,
+        *,
+        clock: Callable[[], datetime],
+        sweep_seconds: float = 30.0,
     ) -> None:
         self.node_id = sessions.node_id
         self._database = database
         self._sessions = sessions
         self._teardown = teardown
         self._clock = clock
+        self._sweep_seconds = sweep_seconds
         self._incarnation: UUID = uuid4()
         self._mirrored: set[SessionId] = set()
         self._others: list[NodeId] = []
@@ -79,7 +85,7 @@ class Node:
         """Beat, mirror, expire and sweep for ever."""
         loop = asyncio.get_running_loop()
         next_beat = next_sweep = next_seen = loop.time()
-        next_sweep += SWEEP_SECONDS
+        next_sweep += self._sweep_seconds
         while True:
             await asyncio.sleep(TICK_SECONDS)
             now = loop.time()
@@ -94,7 +100,7 @@ class Node:
                     next_seen = now + SEEN_SECONDS
                     await self._write_seen()
                 if now >= next_sweep:
-                    next_sweep = now + SWEEP_SECONDS
+                    next_sweep = now + self._sweep_seconds
                     await self._teardown.sweep()
                     async with self._database.connection() as connection:
                         await nodes.remove_dead(connection)

@@ -39,8 +39,6 @@ from registry.model import (
 )
 from registry.resolver import Resolver
 
-POLITE_SECONDS = 1.0
-"""How long a peer may take to let itself be closed politely, before the transport is aborted."""
 _CLOSING_AT_ONCE = 500
 """Sessions closed in one turn of the loop: more would hold up everybody else's traffic."""
 
@@ -100,8 +98,10 @@ class SessionTable:
         feed_lost_seconds: Callable[[], float],
         feed_grace_seconds: float = 10.0,
         max_sessions: int = 50_000,
-        max_per_device: int = 256,
+        max_per_device: int = 100,
+        polite_seconds: float = 2.0,
     ) -> None:
+        """`polite_seconds`: how long a peer may take to let itself be closed, before its transport is aborted."""
         self.node_id = node_id
         self._resolver = resolver
         self._clock = clock
@@ -109,6 +109,7 @@ class SessionTable:
         self._feed_grace_seconds = feed_grace_seconds
         self._max_sessions = max_sessions
         self._max_per_device = max_per_device
+        self._polite_seconds = polite_seconds
         self._by_id: dict[SessionId, Session] = {}
         self._by_device: dict[DeviceId, dict[SessionId, Session]] = {}
         self._expiries: list[tuple[datetime, int, SessionId]] = []
@@ -279,7 +280,7 @@ class SessionTable:
     async def _close_one(self, session: Session, reason: str) -> float:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(POLITE_SECONDS):
+            async with asyncio.timeout(self._polite_seconds):
                 await session.closer.close(reason)
         except Exception:  # the end of a connection: however the polite way failed, the abrupt one remains
             session.closer.abort()

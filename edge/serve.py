@@ -1,0 +1,374 @@
+"""A running node: what starts in which order, what readiness means, and how it leaves.
+
+    start   PostgreSQL (embedded) → migrations → key ring → shared trust → services → feed (node lock) → node joins
+            → TLS credentials → HTTPS → ops port → ready line
+    ready   database answers lately, feed is trusted, listeners listen, not draining
+    stop    not ready → listeners drain → queued uplinks commit → sessions end → loops stop → node leaves → database
+
+A step that fails undoes the ones before it, in reverse; nothing is left running. The ready line is the only thing on
+stdout; logs are on stderr. SIGTERM and SIGINT drain; a second one hurries: it cuts the drain short, and is never a
+crash, because what was acknowledged is committed already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+from types import MappingProxyType
+
+import asyncpg
+import msgspec
+
+from adapters.http.app import HttpApiSettings, create_app
+from adapters.http.limits import HttpLimits
+from adapters.http.server import HttpsServer
+from adapters.tls.admission import TlsLimits
+from adapters.tls.context import TlsContext
+from edge import logs
+from edge.config import Config
+from edge.metrics import Metrics
+from edge.ops import CheckResult, OpsServer
+from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
+from edge.server_certificate import CHECK_SECONDS, CertificateProblem, ServerCertificate
+from edge.supervision import Supervisor
+from edge.wiring import Core, OperatorKeysProblem, build, migrate_database, utc_now
+from registry.core import Registry
+from registry.errors import Unavailable
+from registry.feed import NodeBusy
+from registry.model import NodeId, Transport
+from registry.retention import Retention
+from registry.sealing import KeyRingError, load_or_create
+from registry.storage.database import Database, is_away
+from registry.storage.migrate import MigrationError
+from registry.trust import WrongKeyRing, open_trust
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 1.0
+"""How often the database is asked whether it answers, for readiness."""
+DATABASE_WAIT_SECONDS = 60.0
+"""How long a starting node waits for an external database that is still starting itself."""
+
+
+class StartError(Exception):
+    """The node cannot start; the message says why in words for the operator."""
+
+
+class Server:
+    """One node."""
+
+    def __init__(self, config: Config, *, environ: Mapping[str, str] | None = None) -> None:
+        self._config = config
+        self._environ = os.environ if environ is None else environ
+        self._stack = AsyncExitStack()
+        self._supervisor = Supervisor()
+        self._metrics = Metrics(version=version("gatehouse"))
+        self._core: Core | None = None
+        self._https: HttpsServer | None = None
+        self._postgres: EmbeddedPostgres | None = None
+        self._database_answered = 0.0
+        self._draining = False
+        self._hurry = asyncio.Event()
+        self.dsn = ""
+
+    @property
+    def registry(self) -> Registry:
+        """The services, once started."""
+        assert self._core is not None, "not started"
+        return self._core.registry
+
+    @property
+    def metrics(self) -> Metrics:
+        """The node's metrics."""
+        return self._metrics
+
+    async def start(self) -> dict[str, int]:
+        """Start everything; the bound port of each listener. Raises StartError, and then nothing is left running."""
+        try:
+            return await self._start()
+        except BaseException as error:
+            await self._stack.aclose()
+            if isinstance(error, _EXPECTED):
+                raise StartError(str(error)) from error
+            if isinstance(error, OSError):
+                raise StartError(f"cannot listen: {error}") from error
+            raise
+
+    async def stop(self) -> None:
+        """Drain and leave. Safe to call once after `start`."""
+        self._draining = True
+        await self._stack.aclose()
+
+    def hurry(self) -> None:
+        """Cut the drain short."""
+        self._hurry.set()
+
+    # -- starting, one step each -----------------------------------------------------------------------------------
+
+    async def _start(self) -> dict[str, int]:
+        config = self._config
+        enter = self._stack.enter_async_context
+        config.data_dir.mkdir(parents=True, exist_ok=True)
+        self.dsn = await enter(self._database_server())
+        applied = await self._migrate()
+        if applied:
+            log.info("schema.migrated", extra={"fields": {"files": applied}})
+        ring = load_or_create(config.security.key_ring)
+        database = await enter(self._open_database())
+        trust = await open_trust(database, ring, clock=utc_now, random=os.urandom)
+        self._core = core = build(
+            config,
+            database,
+            ring,
+            trust,
+            node_id=NodeId(config.node.id),
+            observe_batch=self._metrics.batch_committed,
+        )
+        await enter(self._running_core(core))
+        certificate = ServerCertificate(config, trust.authorities, utc_now)
+        ports = {"https": await enter(self._https_listener(core, certificate))}
+        ports["ops"] = await enter(self._ops_listener())
+        certificate.write_chain(config.data_dir / "ca-chain.pem")
+        log.info("node.ready", extra={"fields": {"node": config.node.id, "ports": ports}})
+        return ports
+
+    @asynccontextmanager
+    async def _database_server(self) -> AsyncIterator[str]:
+        if self._config.database.dsn is not None:
+            yield self._config.database.dsn.reveal()
+            return
+        async with EmbeddedPostgres(self._config.data_dir, owner="serve", environ=self._environ) as postgres:
+            self._postgres = postgres
+            yield postgres.dsn
+
+    async def _migrate(self) -> list[str]:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (DATABASE_WAIT_SECONDS if self._postgres is None else 0.0)
+        while True:
+            try:
+                return await migrate_database(self.dsn)
+            except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+                if loop.time() > deadline or not is_away(error):
+                    raise StartError(f"database.dsn: the database cannot be used: {error}") from error
+                log.info("database.waiting", extra={"fields": {"reason": type(error).__name__}})
+                await asyncio.sleep(0.5)
+
+    @asynccontextmanager
+    async def _open_database(self) -> AsyncIterator[Database]:
+        database = await Database.open(
+            self.dsn,
+            size=self._config.database.pool,
+            statement_timeout=self._config.database.statement_timeout_seconds,
+        )
+        try:
+            yield database
+        finally:
+            await database.close()
+
+    @asynccontextmanager
+    async def _running_core(self, core: Core) -> AsyncIterator[None]:
+        registry, supervisor = core.registry, self._supervisor
+        retention = Retention(core.database, retention_days=self._config.telemetry.retention_days)
+        await retention.run_once()
+        await registry.feed.start()
+        await registry.node.join()
+        supervisor.keep("feed", registry.feed.run)
+        supervisor.keep("node", registry.node.run)
+        supervisor.keep("refusals", registry.refusals.run)
+        supervisor.keep("retention", retention.run)
+        supervisor.keep("probe", lambda: self._probe(core.database))
+        self._watch(core)
+        try:
+            yield
+        finally:
+            await registry.uplinks.stop()
+            await core.teardown.stop()
+            await supervisor.stop()
+            await registry.resolver.stop()
+            try:
+                await registry.refusals.flush()
+            except Unavailable:
+                log.warning("refusals.unwritten", extra={"fields": {}})
+            await registry.node.leave()
+            await registry.feed.close()
+
+    @asynccontextmanager
+    async def _https_listener(self, core: Core, certificate: ServerCertificate) -> AsyncIterator[int]:
+        try:
+            context = TlsContext(certificate.load(), alpn=(b"http/1.1",), session_name=b"gatehouse https")
+        except ValueError as error:
+            raise StartError(f"https.certificate: {error}") from None
+        app = create_app(core.registry, _api_settings(self._config), self._metrics)
+        self._https = server = HttpsServer(
+            app.asgi,
+            context,
+            limits=_http_limits(self._config),
+            tls_limits=_tls_limits(self._config),
+            hot=app.hot,
+        )
+        port = await server.start(self._config.https.host, self._config.https.port)
+        self._supervisor.keep("certificate", lambda: _renew(certificate, context))
+        try:
+            yield port
+        finally:
+            self._draining = True
+            core.registry.sessions.drain()
+            await self._drain(server)
+
+    @asynccontextmanager
+    async def _ops_listener(self) -> AsyncIterator[int]:
+        ops = OpsServer(self._metrics, self._readiness)
+        port = await ops.start(self._config.ops.host, self._config.ops.port)
+        try:
+            yield port
+        finally:
+            await ops.close()
+
+    async def _drain(self, server: HttpsServer) -> None:
+        """Let requests in flight finish, unless somebody is in a hurry."""
+        polite = asyncio.ensure_future(server.drain(self._config.node.drain_seconds))
+        hurried = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({polite, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not polite.done():
+            polite.cancel()
+            await asyncio.wait({polite})
+            await server.drain(0.0)
+
+    # -- while it runs ---------------------------------------------------------------------------------------------
+
+    async def _probe(self, database: Database) -> None:
+        while True:
+            try:
+                async with database.connection() as connection:
+                    await connection.fetchval("SELECT 1", timeout=5)
+                self._database_answered = asyncio.get_running_loop().time()
+            except Unavailable:
+                log.warning("database.away", extra={"fields": {}})
+            await asyncio.sleep(PROBE_SECONDS)
+
+    def _readiness(self) -> Mapping[str, CheckResult]:
+        assert self._core is not None
+        feed = self._core.registry.feed
+        silent = asyncio.get_running_loop().time() - self._database_answered
+        return MappingProxyType(
+            {
+                "database": _check(silent < 5 * PROBE_SECONDS, f"no answer for {silent:.0f} s"),
+                "feed": _check(feed.trusted, f"not followed for {feed.lost_seconds():.0f} s"),
+                "https": _check(self._https is not None and not self._draining, "draining"),
+            }
+        )
+
+    def _watch(self, core: Core) -> None:
+        metrics, registry = self._metrics, core.registry
+        metrics.watch_sessions(registry.sessions.count)
+        metrics.watch_uplink_queue(lambda: registry.uplinks.queued, lambda: registry.uplinks.queued_bytes)
+        metrics.watch_feed(registry.feed.lost_seconds)
+        metrics.watch_listeners(lambda: {Transport.HTTPS: self._https.tls_counters.as_dict()} if self._https else {})
+
+
+async def serve(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    server = Server(config)
+
+    def asked() -> None:
+        if stop.is_set():
+            server.hurry()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked)
+    with logs.configure(config.logs.level) as running_logs:
+        server.metrics.watch_dropped_logs(lambda: running_logs.dropped)
+        starting = asyncio.ensure_future(server.start())
+        asking = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({starting, asking}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return 0
+        asking.cancel()
+        ports = await starting
+        sys.stdout.write(msgspec.json.encode({"ready": ports}).decode() + "\n")
+        sys.stdout.flush()
+        await stop.wait()
+        log.info("node.draining", extra={"fields": {"node": config.node.id}})
+        await server.stop()
+        log.info("node.stopped", extra={"fields": {"node": config.node.id}})
+    return 0
+
+
+_EXPECTED = (
+    DataDirectoryBusy,
+    PostgresUnavailable,
+    MigrationError,
+    KeyRingError,
+    WrongKeyRing,
+    Unavailable,
+    NodeBusy,
+    OperatorKeysProblem,
+    CertificateProblem,
+)
+"""Failures that an operator can understand and mend; anything else is a bug and shows its traceback."""
+
+
+async def _renew(certificate: ServerCertificate, context: TlsContext) -> None:
+    while True:
+        await asyncio.sleep(CHECK_SECONDS)
+        if not certificate.due():
+            continue
+        try:
+            context.replace(certificate.load())
+            log.info("certificate.renewed", extra={"fields": {}})
+        except (CertificateProblem, ValueError) as error:
+            log.error("certificate.unusable", extra={"fields": {"reason": str(error)}})
+
+
+def _check(ok: bool, reason: str) -> CheckResult:
+    return CheckResult(True) if ok else CheckResult(False, reason)
+
+
+def _api_settings(config: Config) -> HttpApiSettings:
+    limits = config.limits
+    return HttpApiSettings(
+        tenant_requests_per_second=limits.tenant_requests_per_second,
+        tenant_requests_burst=limits.tenant_requests_burst,
+        key_requests_per_second=limits.key_requests_per_second,
+        key_requests_burst=limits.key_requests_burst,
+        provisioning_attempts_per_second=limits.provisioning_attempts_per_second,
+        provisioning_attempts_burst=limits.provisioning_attempts_burst,
+        sse_streams=limits.sse_streams,
+        sse_streams_per_tenant=limits.sse_streams_per_tenant,
+        rotation_overlap_seconds=config.security.rotation_overlap_seconds,
+    )
+
+
+def _http_limits(config: Config) -> HttpLimits:
+    limits = config.limits
+    return HttpLimits(
+        max_header_bytes=limits.header_bytes,
+        max_header_count=limits.header_count,
+        max_body_bytes=limits.body_bytes,
+        body_overrides={"/api/v1/devices/import": limits.import_body_bytes},
+        header_timeout=limits.header_timeout_seconds,
+        min_body_rate=limits.min_body_rate_bytes,
+        keep_alive_timeout=limits.keep_alive_seconds,
+    )
+
+
+def _tls_limits(config: Config) -> TlsLimits:
+    limits = config.limits
+    return TlsLimits(
+        handshake_timeout=limits.tls_handshake_seconds,
+        handshakes_in_flight=limits.tls_handshakes,
+        handshakes_per_address=limits.tls_handshakes_per_address,
+        connections=limits.connections,
+    )

@@ -1,0 +1,199 @@
+"""Putting the core together: the only place that names its concrete classes.
+
+`build` connects the services over one database, ring and node id; it starts nothing. A server then starts the feed and
+the node's loops (serve.py). A command (`open_registry`) uses the same services for a moment, beside a running server or
+alone: it announces no node, follows nothing, and its revocations are carried out by the nodes that follow the events.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import asyncpg
+
+from certs.chains import bundle
+from edge.config import Config
+from edge.postgres import attach_or_start
+from registry.core import Registry
+from registry.credentials import Credentials
+from registry.devices import Devices
+from registry.event_log import EventLog
+from registry.feed import Feed
+from registry.hardware_id import PatternCache
+from registry.key_claim import KeyClaim
+from registry.kick import Kick
+from registry.model import NodeId
+from registry.node import Node
+from registry.operators import InvalidKeySet, JwksKey, OperatorVerifier, parse_jwks
+from registry.profiles import Profiles
+from registry.refusals import Refusals
+from registry.resolver import Resolver
+from registry.revocation import Teardown
+from registry.sealing import KeyRing, load_or_create
+from registry.sessions import SessionTable
+from registry.storage.database import Database
+from registry.storage.migrate import migrate
+from registry.templates import Templates
+from registry.tenants import Tenants
+from registry.trust import Trust, open_trust
+from registry.uplinks import Uplinks
+
+log = logging.getLogger(__name__)
+
+
+class OperatorKeysProblem(Exception):
+    """The configured key set of operators cannot be used; the message names the key and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The services, and the parts of them that have a life of their own."""
+
+    registry: Registry
+    trust: Trust
+    database: Database
+    teardown: Teardown
+
+
+def utc_now() -> datetime:
+    """The clock of a running process."""
+    return datetime.now(UTC)
+
+
+async def migrate_database(dsn: str) -> list[str]:
+    """Bring the schema up to date over a connection of its own; the names of the files applied."""
+    connection = await asyncpg.connect(dsn, timeout=30, server_settings={"application_name": "gatehouse-migrate"})
+    try:
+        return await migrate(connection)
+    finally:
+        await connection.close()
+
+
+def build(
+    config: Config,
+    database: Database,
+    ring: KeyRing,
+    trust: Trust,
+    *,
+    node_id: NodeId,
+    clock: Callable[[], datetime] = utc_now,
+    observe_batch: Callable[[int, float], None] | None = None,
+) -> Core:
+    """All services over one database. Raises OperatorKeysProblem."""
+    random = secrets.token_bytes
+    feed = Feed(database, node_id)
+    refusals = Refusals(database, feed)
+    resolver = Resolver(
+        database,
+        ring,
+        refusals,
+        clock=clock,
+        random=random,
+        feed_trusted=lambda: feed.trusted,
+        hint=feed.hint,
+        cache_entries=config.security.credential_cache_entries,
+    )
+    sessions = SessionTable(
+        node_id,
+        resolver,
+        clock=clock,
+        feed_lost_seconds=feed.lost_seconds,
+        feed_grace_seconds=config.security.feed_grace_seconds,
+        max_sessions=config.limits.sessions,
+        max_per_device=config.limits.sessions_per_device,
+        polite_seconds=config.security.teardown_seconds,
+    )
+    teardown = Teardown(database, feed, sessions, resolver)
+    feed.add_follower(teardown)
+    node = Node(database, sessions, teardown, clock=clock, sweep_seconds=config.security.session_sweep_seconds)
+    patterns = PatternCache()
+    chain = bundle(trust.authorities.chain)
+    registry = Registry(
+        tenants=Tenants(database, clock=clock, random=random),
+        operators=_operator_verifier(config, trust),
+        profiles=Profiles(database, clock=clock, random=random),
+        devices=Devices(database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown),
+        credentials=Credentials(database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown),
+        templates=Templates(
+            database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, patterns=patterns
+        ),
+        key_claim=KeyClaim(
+            database, key_ring=ring, clock=clock, random=random, feed=feed, refusals=refusals, patterns=patterns
+        ),
+        resolver=resolver,
+        sessions=sessions,
+        uplinks=Uplinks(
+            database,
+            max_queued=config.limits.uplink_queue,
+            max_queued_bytes=config.limits.uplink_queue_bytes,
+            max_payload_bytes=config.limits.uplink_payload_bytes,
+            observe=observe_batch,
+        ),
+        event_log=EventLog(database, feed, refusals),
+        kick=Kick(database, sessions, teardown, clock=clock),
+        node=node,
+        feed=feed,
+        refusals=refusals,
+        ca_chain_pem=lambda: chain,
+        clock=clock,
+    )
+    return Core(registry, trust, database, teardown)
+
+
+@asynccontextmanager
+async def open_registry(config: Config, *, environ: Mapping[str, str]) -> AsyncIterator[Core]:
+    """The services for one command, beside a running server or alone.
+
+    Raises what the parts raise: PostgresUnavailable, DataDirectoryBusy, MigrationError, KeyRingError, WrongKeyRing,
+    Unavailable, OperatorKeysProblem.
+    """
+    async with _dsn(config, environ) as dsn:
+        await migrate_database(dsn)
+        ring = load_or_create(config.security.key_ring)
+        database = await Database.open(dsn, size=2, statement_timeout=config.database.statement_timeout_seconds)
+        try:
+            trust = await open_trust(database, ring, clock=utc_now, random=secrets.token_bytes)
+            core = build(config, database, ring, trust, node_id=NodeId(f"command-{uuid4().hex[:12]}"))
+            try:
+                yield core
+            finally:
+                await core.teardown.stop()
+                await core.registry.uplinks.stop()
+                await core.registry.resolver.stop()
+                await core.registry.feed.close()
+        finally:
+            await database.close()
+
+
+@asynccontextmanager
+async def _dsn(config: Config, environ: Mapping[str, str]) -> AsyncIterator[str]:
+    if config.database.dsn is not None:
+        yield config.database.dsn.reveal()
+        return
+    async with attach_or_start(config.data_dir, owner="command", environ=environ) as handle:
+        yield handle.dsn
+
+
+def _operator_verifier(config: Config, trust: Trust) -> OperatorVerifier:
+    return OperatorVerifier(
+        {key.kid: key.public for key in trust.issuer_keys},
+        _configured_keys(config),
+        accepted_issuers=frozenset(config.security.operator_issuers) or None,
+        max_lifetime=timedelta(seconds=config.security.operator_token_max_seconds),
+    )
+
+
+def _configured_keys(config: Config) -> tuple[JwksKey, ...]:
+    path = config.security.operator_jwks
+    if path is None:
+        return ()
+    try:
+        return parse_jwks(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, InvalidKeySet) as error:
+        raise OperatorKeysProblem(f"security.operator_jwks: {path}: {error}") from None

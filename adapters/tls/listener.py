@@ -26,7 +26,7 @@ _READ_BUFFER: Final = 32_768
 
 
 class TlsListener:
-    """Serves `protocol_factory` over TLS. `plaintext_hint` is sent to a peer that speaks HTTP without TLS."""
+    """Serves `protocol_factory` over TLS. `plaintext_hint` makes what a peer gets that speaks HTTP without TLS."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class TlsListener:
         protocol_factory: Callable[[], asyncio.Protocol],
         *,
         limits: TlsLimits | None = None,
-        plaintext_hint: bytes = b"",
+        plaintext_hint: Callable[[], bytes] | None = None,
     ) -> None:
         self.context = context
         self.protocol_factory = protocol_factory

@@ -76,7 +76,7 @@ class StreamOwner(Protocol):
     limits: TlsLimits
     counters: TlsCounters
     ledger: Ledger
-    plaintext_hint: bytes
+    plaintext_hint: Callable[[], bytes] | None
     protocol_factory: Callable[[], asyncio.Protocol]
     read_buffer: memoryview
     connections: set[TlsTransport]
@@ -381,8 +381,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._drop(Drop.GARBAGE)
             return
         assert self._raw is not None
-        if self._owner.plaintext_hint:
-            self._raw.write(self._owner.plaintext_hint)
+        if self._owner.plaintext_hint is not None:
+            self._raw.write(self._owner.plaintext_hint())
         self._drop(Drop.PLAINTEXT, polite=True)
 
     # Receiving

@@ -1,0 +1,734 @@
+"""One HTTPS connection: requests in, responses out, in order, within limits.
+
+Theory
+------
+The parser (llhttp) calls back while it eats what TLS decrypted, at most one read (32 KiB) at a time. Requests are
+answered one after another in the order of their arrival (RFC 9112 §9.3.2): at most one is `current`, the rest wait.
+
+    receiving:  IDLE ──first byte──▶ HEAD ──empty line──▶ BODY ──end──▶ IDLE           refusal, last request: deaf
+    answering:  nothing ──▶ current (an exchange, a hot answer, a refusal) ──▶ next waiting, or nothing
+
+What waits is one of
+- `Exchange`: handed to the ASGI application as soon as its head is there; its body follows;
+- `HotRequest`: a small, complete request of a path that the hot handler accepts. The handler answers at once or with
+  a future; no task, no scope, one write. It may also decline, and the application gets the request;
+- `Refusal`: the answer to bad input. It keeps its place in the order, is the last, and then the connection drains.
+
+Bounds: a head is counted as it comes in and refused while it is still incomplete; a body by its announced length, or as
+its chunks arrive; what is buffered for a slow application, or behind the current request, stops the reading of the
+socket, so a connection holds no more than one read beyond its limits. One lazy timer per connection watches all times:
+deadlines are plain numbers, the timer looks at them when it fires and arms itself for the next.
+
+What can race: the application may answer before the body has arrived; the peer may vanish at any point; the registry
+may close the connection at any point. All of these `detach` the current exchange, once. What can be lost: responses
+of requests behind a refusal, a close or a drain; clients may repeat requests that got no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol, assert_never, cast
+from uuid import uuid4
+
+import httptools
+
+from adapters.http.answer import CONTINUE, Answer, Code, Refusal, render
+from adapters.http.exchange import Exchange, Scope
+from adapters.http.request import Head, Headers, Refused, read_head
+from adapters.tls.stream import TlsTransport
+
+if TYPE_CHECKING:
+    from adapters.http.server import HttpsServer
+
+_LOG: Final = logging.getLogger("gatehouse.http")
+
+_DISCARDED_BODY: Final = 65_536  # what is still to come of a body that nobody wants, rather than closing
+
+
+class HotHandler(Protocol):
+    """A short way past ASGI for the few requests that make most of the traffic."""
+
+    def accepts(self, method: str, path: str) -> bool:
+        """Whether `handle` wants requests of this kind (asked when the head is complete)."""
+
+    def handle(
+        self, connection: HttpConnection, method: str, path: str, headers: Headers, body: bytes
+    ) -> Answer | Awaitable[Answer] | None:
+        """Answer now, promise an answer, or decline (None): then the application gets the request.
+
+        Runs inside the read callback, so it must not block. Header names are lower case. An exception becomes a 500.
+        """
+
+
+@dataclass(slots=True)
+class HotRequest:
+    """A complete request for the hot handler."""
+
+    head: Head
+    body: bytes
+
+
+class _Phase(Enum):
+    IDLE = auto()
+    HEAD = auto()
+    BODY = auto()
+
+
+class _Enough(Exception):
+    """The last request of the connection has been read; what follows it is not."""
+
+
+class HttpConnection(asyncio.Protocol):
+    """What the application finds as `scope["extensions"]["gatehouse.connection"]`."""
+
+    __slots__ = (
+        "__weakref__",
+        "_body_bytes",
+        "_body_framing",
+        "_body_limit",
+        "_body_mark",
+        "_body_parts",
+        "_check_at",
+        "_close_callbacks",
+        "_current",
+        "_deaf",
+        "_half_closed",
+        "_head",
+        "_head_fed",
+        "_headers",
+        "_idle_at",
+        "_last_seen",
+        "_loop",
+        "_lost",
+        "_parser",
+        "_phase",
+        "_read_size",
+        "_receiving",
+        "_server",
+        "_stall_at",
+        "_target",
+        "_timer",
+        "_trailer_bytes",
+        "_transport",
+        "_waiting",
+        "_writable",
+        "close_reason",
+        "closed",
+        "id",
+        "peer",
+        "session",
+    )
+
+    def __init__(self, server: HttpsServer, loop: asyncio.AbstractEventLoop) -> None:
+        self._server = server
+        self._loop = loop
+        self._parser: httptools.HttpRequestParser | None = None
+        self._transport: TlsTransport | None = None
+        self._lost: asyncio.Future[None] | None = None
+        self._close_callbacks: list[Callable[[HttpConnection], None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        # Receiving
+        self._phase = _Phase.IDLE
+        self._deaf = False
+        self._last_seen = False
+        self._half_closed = False
+        self._target = b""
+        self._headers: Headers = []
+        self._trailer_bytes = 0
+        self._head_fed = 0
+        self._read_size = 0
+        self._head: Head | None = None
+        self._receiving: Exchange | None = None
+        self._body_parts: list[bytes] | None = None
+        self._body_bytes = 0
+        self._body_framing = 0
+        self._body_limit = 0
+        self._body_mark = 0
+        # Answering
+        self._current: Exchange | HotRequest | Refusal | None = None
+        self._waiting: deque[Exchange | HotRequest | Refusal] = deque()
+        self._writable: asyncio.Event | None = None
+        # Deadlines, in loop time; infinity when they do not apply
+        self._check_at = _NEVER
+        self._idle_at = _NEVER
+        self._stall_at = _NEVER
+        # For the application
+        self.id = uuid4().hex
+        self.peer = ""
+        self.closed = False
+        self.close_reason: str | None = None
+        self.session: object | None = None
+        """Free for the application: the session that it opened for this connection."""
+
+    # What the application may ask
+
+    @property
+    def peer_certificate_der(self) -> bytes | None:
+        """The client's certificate, whose key it has proved to hold; nothing else about it has been checked."""
+        return self._transport.peer_certificate_der if self._transport is not None else None
+
+    @property
+    def tls_version(self) -> str:
+        """`TLSv1.3` or `TLSv1.2`; empty once closed."""
+        tls = self._transport.tls if self._transport is not None else None
+        return tls.version if tls is not None else ""
+
+    async def close(self, reason: str) -> None:
+        """End the connection with TLS's goodbye and return when its socket is closed.
+
+        A response in flight is cut; its request hears `http.disconnect`. The first `reason` is kept in `close_reason`.
+        Cancelling the caller leaves the close going on; a deadline is the caller's to set, `abort` is the next step.
+        """
+        if self.closed:
+            return
+        self._end(reason)
+        if self._lost is None:
+            self._lost = self._loop.create_future()
+        await asyncio.shield(self._lost)
+
+    def abort(self) -> None:
+        """Cut the connection now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def add_close_callback(self, callback: Callable[[HttpConnection], None]) -> None:
+        """Call `callback` once when the socket is closed, soon if it is already."""
+        if self.closed:
+            self._loop.call_soon(callback, self)
+        else:
+            self._close_callbacks.append(callback)
+
+    # What the transport tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = stream = cast(TlsTransport, transport)
+        self._parser = httptools.HttpRequestParser(self)
+        self.peer = stream.peer_address
+        self._server.connections.add(self)
+        # Until the first request the head's time counts, not the keep-alive time: nobody has shown any manners yet.
+        self._idle_at = self._loop.time() + self._server.limits.header_timeout
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf or self._parser is None:
+            return
+        self._read_size = len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._deaf = True  # served as a plain request, and the last one
+        except httptools.HttpParserError as error:
+            self._parse_failed(error)
+        else:
+            if self._phase is not _Phase.IDLE:
+                self._incomplete()
+
+    def eof_received(self) -> bool:
+        self._deaf = True
+        current = self._current
+        if (
+            isinstance(current, Refusal)
+            or current is None
+            or self._receiving is not None
+            or self._body_parts is not None
+        ):
+            return False
+        if isinstance(current, Exchange):
+            if current.started:
+                return False
+            current.keep_alive = False
+            current.end_of_peer()
+        self._half_closed = True
+        self._waiting.clear()
+        self._idle_at = self._loop.time() + self._server.limits.half_close_grace
+        if self._timer is not None:  # it may be armed for later than this
+            self._timer.cancel()
+            self._timer = None
+        self._arm()
+        return True
+
+    def pause_writing(self) -> None:
+        self._stall_at = self._loop.time() + self._server.limits.send_timeout
+        if self._writable is None:
+            self._writable = asyncio.Event()
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._stall_at = _NEVER
+        if self._writable is not None:
+            self._writable.set()
+        if self._current is None:
+            self._next()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self._server.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._detach()
+        self._parser = None
+        self._transport = None
+        if self._writable is not None:
+            self._writable.set()
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
+        callbacks, self._close_callbacks = self._close_callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+    # What the parser tells
+
+    def on_message_begin(self) -> None:
+        if self._last_seen:
+            raise _Enough
+        if len(self._waiting) >= self._server.limits.max_pipelined:
+            self._refuse_here(
+                Refusal(
+                    429,
+                    Code.RESOURCE_EXHAUSTED,
+                    f"more than {self._server.limits.max_pipelined} requests were sent ahead of their answers",
+                    retry_after=1,
+                )
+            )
+        self._phase = _Phase.HEAD
+        self._check_at = _NEVER
+        self._target = b""
+        self._headers = []
+        self._head_fed = 0
+
+    def on_url(self, part: bytes) -> None:
+        self._target += part
+        if len(self._target) > self._server.limits.max_target_bytes:
+            allowed = self._server.limits.max_target_bytes
+            self._refuse_here(
+                Refusal(414, Code.INVALID_ARGUMENT, f"the request target is longer than the allowed {allowed} bytes")
+            )
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._phase is _Phase.HEAD:
+            self._headers.append((name.lower(), value.rstrip(b" \t")))
+            return
+        # Trailers: counted and forgotten. They must never join the headers that the application trusts.
+        self._trailer_bytes += len(name) + len(value) + 4
+        allowed = self._server.limits.max_trailer_bytes
+        if self._trailer_bytes > allowed:
+            self._refuse_here(_too_large_headers(f"more than {allowed} bytes of trailers"))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        assert parser is not None
+        server = self._server
+        self._check_head_size()
+        head = read_head(
+            parser.get_method().decode("ascii"),
+            parser.get_http_version(),
+            self._target,
+            self._headers,
+            keep_alive=parser.should_keep_alive(),
+            upgrade=parser.should_upgrade(),
+        )
+        limits = server.limits
+        length = head.length
+        self._body_limit = limits.body_overrides.get(head.path, limits.max_body_bytes)
+        if length is not None and length > self._body_limit:
+            self._refuse_here(_too_large_body(self._body_limit))
+        if server.in_flight >= limits.max_in_flight:
+            self._refuse_here(
+                Refusal(503, Code.UNAVAILABLE, "the server is answering as many requests as it can", retry_after=1)
+            )
+        self._phase = _Phase.BODY
+        self._check_at = _NEVER
+        self._head = head
+        self._body_bytes = self._body_framing = self._trailer_bytes = 0
+        server.counters.requests += 1
+        if head.path == "*" or (
+            server.hot is not None
+            and length is not None
+            and length <= limits.max_buffered_body
+            and server.hot.accepts(head.method, head.path)
+        ):
+            self._body_parts = []
+            if head.expects_continue and length and self._current is None:
+                self.write(CONTINUE)
+            return
+        self._receiving = exchange = Exchange(self, head)
+        if length == 0:
+            exchange.body_complete = True
+        self._enqueue(exchange)
+
+    def _check_head_size(self) -> None:
+        limits = self._server.limits
+        if len(self._headers) > limits.max_header_count:
+            self._refuse_here(_too_large_headers(f"more than {limits.max_header_count} headers"))
+        if self._head_fed + self._read_size <= limits.max_header_bytes:
+            return  # the usual head came whole in one small read
+        size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if size > limits.max_header_bytes:
+            self._refuse_here(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
+
+    def on_body(self, part: bytes) -> None:
+        self._body_bytes += len(part)
+        if self._body_bytes > self._body_limit:
+            self._refuse_here(_too_large_body(self._body_limit))
+        if self._body_parts is not None:
+            self._body_parts.append(part)
+        elif self._receiving is not None and not self._receiving.complete:
+            self._receiving.feed(part)
+
+    def on_message_complete(self) -> None:
+        self._phase = _Phase.IDLE
+        self._check_at = _NEVER
+        head, self._head = self._head, None
+        assert head is not None
+        self._last_seen = not head.keep_alive
+        if self._body_parts is not None:
+            parts, self._body_parts = self._body_parts, None
+            self._enqueue(HotRequest(head, parts[0] if len(parts) == 1 else b"".join(parts)))
+        elif self._receiving is not None:
+            exchange, self._receiving = self._receiving, None
+            exchange.end_body()
+            if exchange.complete and self._current is None:
+                self._become_idle()
+
+    # What an exchange asks
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    async def drained(self) -> None:
+        while self._stall_at != _NEVER and self._writable is not None and not self.closed:
+            await self._writable.wait()
+
+    def date_line(self) -> bytes:
+        return self._server.date_line()
+
+    def new_correlation_id(self) -> str:
+        return uuid4().hex
+
+    def count_app_failure(self) -> None:
+        self._server.counters.app_failures += 1
+
+    def body_consumed(self) -> None:
+        self._update_reading()
+
+    def keeps_alive_after(self, exchange: Exchange) -> bool:
+        """Whether the connection can go on after this response, judged when its head is written."""
+        if self._server.draining:
+            return False
+        if exchange is not self._receiving:
+            return True
+        # The body is not all here. A little is worth waiting for; a peer that waits for 100 Continue will not send it.
+        length = exchange.head.length
+        return length is not None and length - self._body_bytes <= _DISCARDED_BODY and not exchange.expects_continue
+
+    def exchange_finished(self, exchange: Exchange, *, intact: bool) -> None:
+        if exchange is not self._current:
+            return
+        self._current = None
+        if not intact:
+            self.abort()  # no goodbye: the client must see that this was not the whole of it
+            return
+        self._after_answer(keep_alive=exchange.keep_alive)
+
+    # Answering
+
+    def _enqueue(self, item: Exchange | HotRequest | Refusal) -> None:
+        if self._current is None and not self._waiting and self._stall_at == _NEVER:
+            self._begin(item)
+        else:
+            self._waiting.append(item)
+            self._update_reading()
+
+    def _next(self) -> None:
+        """Begin what waits, unless the peer must first take what it has been sent."""
+        if self._waiting and self._stall_at == _NEVER:
+            self._begin(self._waiting.popleft())
+            self._update_reading()
+
+    def _begin(self, item: Exchange | HotRequest | Refusal) -> None:
+        self._current = item
+        self._idle_at = _NEVER
+        match item:
+            case Exchange():
+                self._start_task(item)
+            case HotRequest():
+                self._answer_hot(item)
+            case Refusal():
+                self._server.counters.refused(item.status)
+                answer = item.answer(self.new_correlation_id())
+                self.write(render(answer, self.date_line(), keep_alive=False))
+                if self._transport is not None:
+                    self._transport.close_draining()
+            case _:
+                assert_never(item)
+
+    def _start_task(self, exchange: Exchange) -> None:
+        server = self._server
+        task = self._loop.create_task(exchange.run(server.app, self._scope(exchange.head)))
+        server.track(task)
+
+    def _answer_hot(self, request: HotRequest) -> None:
+        head = request.head
+        if head.path == "*":
+            self._send_answer(request, Answer(204, headers=((b"allow", b"GET, HEAD, POST, PUT, DELETE, OPTIONS"),)))
+            return
+        hot = self._server.hot
+        assert hot is not None
+        try:
+            outcome = hot.handle(self, head.method, head.path, head.headers, request.body)
+        except Exception as error:  # as at the end of a connection task: one request's failure stays its own
+            self._hot_failed(request, error)
+            return
+        if outcome is None:
+            exchange = Exchange(self, head)
+            exchange.body += request.body
+            exchange.body_complete = True
+            exchange.expects_continue = False
+            self._current = exchange
+            self._start_task(exchange)
+            return
+        self._server.counters.hot_requests += 1
+        if isinstance(outcome, Answer):
+            self._send_answer(request, outcome)
+            return
+        future: asyncio.Future[Answer] = asyncio.ensure_future(outcome)
+        self._server.in_flight += 1
+        future.add_done_callback(lambda done: self._hot_done(request, done))
+
+    def _hot_done(self, request: HotRequest, done: asyncio.Future[Answer]) -> None:
+        self._server.in_flight -= 1
+        if done.cancelled():
+            refusal = Refusal(503, Code.UNAVAILABLE, "the server is stopping", retry_after=1)
+            self._send_answer(request, refusal.answer(self.new_correlation_id()))
+            return
+        error = done.exception()
+        if error is not None:
+            self._hot_failed(request, error)
+        else:
+            self._send_answer(request, done.result())
+
+    def _hot_failed(self, request: HotRequest, error: BaseException) -> None:
+        correlation_id = self.new_correlation_id()
+        self.count_app_failure()
+        _LOG.error("http.hot_failed method=%s correlation_id=%s", request.head.method, correlation_id, exc_info=error)
+        self._send_answer(request, Refusal(500, Code.INTERNAL, "internal error").answer(correlation_id))
+
+    def _send_answer(self, request: HotRequest, answer: Answer) -> None:
+        if self._current is not request or self._transport is None:
+            return  # the peer is gone; what the handler did stays done
+        self._current = None
+        head = request.head
+        keep_alive = head.keep_alive and not self._half_closed and not self._server.draining
+        head_only = head.method == "HEAD"
+        self._transport.write(render(answer, self._server.date_line(), keep_alive=keep_alive, head_only=head_only))
+        self._after_answer(keep_alive=keep_alive)
+
+    def _after_answer(self, *, keep_alive: bool) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if not keep_alive:
+            self._deaf = True
+            self._waiting.clear()
+            if self._phase is _Phase.IDLE:
+                self._transport.close()
+            else:
+                self._transport.close_draining()
+            return
+        if self._waiting:
+            self._next()
+        elif self._phase is _Phase.IDLE:
+            self._become_idle()
+        else:
+            self._update_reading()
+
+    def _become_idle(self) -> None:
+        if self._server.draining:
+            self._end("drain")
+            return
+        self._idle_at = self._loop.time() + self._server.limits.keep_alive_timeout
+        self._update_reading()
+
+    def _update_reading(self) -> None:
+        if self._transport is None:
+            return
+        receiving = self._receiving
+        backlog = receiving is not None and len(receiving.body) > self._server.limits.max_buffered_body
+        if self._waiting or backlog:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _scope(self, head: Head) -> Scope:
+        server = self._server
+        transport = self._transport
+        client = transport.get_extra_info("peername") if transport is not None else None
+        local = transport.get_extra_info("sockname") if transport is not None else None
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": head.version,
+            "method": head.method,
+            "scheme": "https",
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query,
+            "root_path": "",
+            "headers": head.headers,
+            "client": client[:2] if client else None,
+            "server": local[:2] if local else None,
+            "state": server.app_state.copy(),
+            "extensions": {"gatehouse.connection": self},
+        }
+
+    # Refusing
+
+    def _refuse_here(self, refusal: Refusal) -> NoReturn:
+        """From inside a parser callback: stop the parser; it hands the exception on and `data_received` answers."""
+        raise Refused(refusal)
+
+    def _parse_failed(self, error: httptools.HttpParserError) -> None:
+        if self._last_seen:
+            self._deaf = True
+            return
+        cause = error.__context__
+        if isinstance(cause, Refused):
+            self._refuse(cause.refusal)
+        elif isinstance(error, httptools.HttpParserCallbackError):
+            raise error  # our bug, not the peer's
+        else:
+            # llhttp's reasons are constants and quote no input.
+            self._refuse(Refusal(400, Code.INVALID_ARGUMENT, f"not a valid HTTP/1.1 request: {error}"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._deaf = True
+        self._check_at = _NEVER
+        self._body_parts = None
+        exchange, self._receiving = self._receiving, None
+        if exchange is None:
+            self._enqueue(refusal)
+            return
+        # The request being received is already with the application, or waits to be: always the newest.
+        if self._waiting:
+            self._waiting[-1] = refusal
+            return
+        exchange.detach()
+        if exchange.started or exchange is not self._current:
+            self._server.counters.refused(refusal.status)
+            self._cut()
+            return
+        self._current = None
+        self._enqueue(refusal)
+
+    def _cut(self) -> None:
+        self._current = None
+        if self._transport is not None:
+            self._transport.close_draining()
+
+    def _incomplete(self) -> None:
+        """A read ended inside a request: count what no callback has seen, and start its clocks."""
+        limits = self._server.limits
+        first_read = self._check_at == _NEVER
+        if self._phase is _Phase.HEAD:
+            if first_read:
+                self._check_at = self._loop.time() + limits.header_timeout
+                return
+            # A name or value that is not finished has had no callback yet, so what was fed is counted instead, from
+            # the second read on: the first may have had other requests in it.
+            self._head_fed += self._read_size
+            if self._head_fed > limits.max_header_bytes:
+                self._refuse(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
+            return
+        if first_read:
+            self._body_mark = self._body_bytes
+            self._check_at = self._loop.time() + limits.body_grace
+        elif self._head is not None and self._head.length is None:
+            self._body_framing += self._read_size
+            if self._body_framing - self._body_bytes * 9 > limits.max_chunk_overhead:
+                allowed = limits.max_chunk_overhead
+                message = f"chunk sizes and extensions take more than {allowed} bytes beyond the content"
+                self._refuse(Refusal(400, Code.INVALID_ARGUMENT, message))
+                return
+        self._update_reading()
+
+    # Ending
+
+    def drain(self) -> None:
+        """Close as soon as nothing is being answered; a request half received is given up."""
+        if self._current is None and not self._waiting and self._phase is not _Phase.BODY:
+            self._end("drain")
+
+    def _end(self, reason: str) -> None:
+        if self.close_reason is None:
+            self.close_reason = reason
+        self._deaf = True
+        self._detach()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _detach(self) -> None:
+        current, self._current = self._current, None
+        if isinstance(current, Exchange):
+            current.detach()
+        self._receiving = None
+        self._waiting.clear()
+
+    # Time
+
+    def _arm(self) -> None:
+        """Fire at the earliest deadline, and at least as often as the shortest time allowed: then any deadline that is
+        set meanwhile is met without touching the timer."""
+        if self._timer is None and not self.closed:
+            now = self._loop.time()
+            earliest = min(self._check_at, self._idle_at, self._stall_at, now + self._server.shortest_timeout)
+            self._timer = self._loop.call_at(earliest, self._look_at_clock)
+
+    def _look_at_clock(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        limits = self._server.limits
+        if now >= self._stall_at:
+            self._server.counters.stalled += 1
+            self.close_reason = self.close_reason or "stalled"
+            self.abort()
+            return
+        if now >= self._idle_at:
+            self._server.counters.idle_closed += 1
+            self._end("idle")
+            return
+        if now >= self._check_at:
+            self._check_progress(now, limits.body_grace, limits.min_body_rate)
+        self._arm()
+
+    def _check_progress(self, now: float, window: float, rate: int) -> None:
+        if self._phase is _Phase.HEAD:
+            allowed = self._server.limits.header_timeout
+            message = f"the request's headers were not complete within {allowed:g} seconds"
+            self._refuse(Refusal(408, Code.DEADLINE_EXCEEDED, message))
+            return
+        receiving = self._receiving
+        excused = self._transport is None or not self._transport.is_reading()
+        excused = excused or (receiving is not None and receiving.expects_continue)
+        if not excused and self._body_bytes - self._body_mark < rate * window:
+            message = f"the request's body came slower than {rate} bytes per second"
+            self._refuse(Refusal(408, Code.DEADLINE_EXCEEDED, message))
+            return
+        self._body_mark = self._body_bytes
+        self._check_at = now + window
+
+
+_NEVER: Final = float("inf")
+
+
+def _too_large_headers(what: str) -> Refusal:
+    return Refusal(431, Code.INVALID_ARGUMENT, f"{what} were sent; that is the limit")
+
+
+def _too_large_body(allowed: int) -> Refusal:
+    return Refusal(413, Code.INVALID_ARGUMENT, f"the request's body is larger than the allowed {allowed} bytes")

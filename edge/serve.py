@@ -24,8 +24,9 @@ from types import MappingProxyType
 
 import asyncpg
 import msgspec
-
 from adapters.http.app import HttpApiSettings, create_app
+from registry.retention import Retention
+
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
 from adapters.tls.admission import TlsLimits
@@ -42,7 +43,6 @@ from registry.core import Registry
 from registry.errors import Unavailable
 from registry.feed import NodeBusy
 from registry.model import NodeId, Transport
-from registry.retention import Retention
 from registry.sealing import KeyRingError, load_or_create
 from registry.storage.database import Database, is_away
 from registry.storage.migrate import MigrationError

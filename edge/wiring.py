@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import asyncpg
+from registry.uplinks import Uplinks
 
 from certs.chains import bundle
 from edge.config import Config
@@ -42,7 +43,6 @@ from registry.storage.migrate import migrate
 from registry.templates import Templates
 from registry.tenants import Tenants
 from registry.trust import Trust, open_trust
-from registry.uplinks import Uplinks
 
 log = logging.getLogger(__name__)
 

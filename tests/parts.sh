@@ -1,0 +1,91 @@
+#!/bin/sh
+# The third-party programs that tests use. Finds them; as root on Debian or Ubuntu installs what is missing; otherwise
+# says which tests will not run. Prints the names of what is missing at the end, on one line of standard output (tests/
+# parts.py reads it from MISSING_PARTS); talks on standard error. With CI=true a missing part is a failure.
+set -eu
+
+# A part is: name, and in the functions below how it is found, its Debian package, what is not tested without it.
+parts="curl openssl postgresql"
+
+found() {
+    case $1 in
+        postgresql) installed_postgres ;;
+        *) command -v "$1" >/dev/null 2>&1 ;;
+    esac
+}
+
+package() {
+    case $1 in
+        postgresql) newest_postgres_package ;;
+        *) echo "$1" ;;
+    esac
+}
+
+without() {
+    case $1 in
+        curl) echo "the walks through the seeds by curl" ;;
+        openssl) echo "certificates and handshakes as another implementation sees them" ;;
+        postgresql) echo "everything on an installed PostgreSQL; the wheel's is still tested" ;;
+    esac
+}
+
+# The tests start their own servers, so the programs do; no cluster is needed. psql alone is not enough.
+installed_postgres() {
+    for bindir in ${PG_BINDIR:+"$PG_BINDIR"} /usr/lib/postgresql/*/bin /usr/pgsql-*/bin "$(dirname "$(command -v postgres || echo /)")"; do
+        [ -x "$bindir/postgres" ] && [ -x "$bindir/initdb" ] || continue
+        major=$("$bindir/postgres" --version 2>/dev/null | sed 's/^[^0-9]*\([0-9]*\).*/\1/')
+        [ "${major:-0}" -ge 15 ] && return 0
+    done
+    return 1
+}
+
+newest_postgres_package() {
+    for major in 15 16 17 18; do  # the oldest that we support, where it can be had: the wheel brings the newest
+        if apt-cache policy "postgresql-$major" 2>/dev/null | grep -q 'Candidate: [0-9]'; then
+            echo "postgresql-$major"
+            return
+        fi
+    done
+    echo postgresql
+}
+
+missing() {
+    for part in $parts; do
+        found "$part" || printf '%s ' "$part"
+    done
+}
+
+apt() {
+    DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=120 -o Dpkg::Options::=--force-confold "$@" >"$log" 2>&1 ||
+        { echo "apt-get $1 failed:" >&2; tail -n 5 "$log" >&2; return 1; }
+}
+
+install_missing() {
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    echo "Installing what the tests need: $*" >&2
+    apt update || return 0
+    if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
+        # Installing must not start a database server on this machine: no default cluster, so there is nothing to start.
+        mkdir -p /etc/postgresql-common
+        echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
+    fi
+    for part in "$@"; do
+        apt install --no-install-recommends "$(package "$part")" || true
+    done
+}
+
+absent=$(missing)
+if [ -n "$absent" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    # shellcheck disable=SC2086  # one word per part
+    install_missing $absent
+    absent=$(missing)
+fi
+for part in $absent; do
+    echo "*** $part is missing. Not tested without it: $(without "$part")." >&2
+done
+if [ -n "$absent" ] && [ "${CI:-}" = true ]; then
+    echo "*** CI=true: that is a failure." >&2
+    exit 1
+fi
+echo "${absent% }"

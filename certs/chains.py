@@ -27,6 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from cryptography.utils import CryptographyDeprecationWarning
 
+from certs.der import CONTEXT_0, INTEGER, SEQUENCE, MalformedDer, read_der
+from certs.names import name_text, read_name
 from certs.pem import MalformedPem, read_blocks, write_block
 
 MAXIMUM_CERTIFICATE_BYTES: Final = 16 * 1024
@@ -34,11 +36,10 @@ MAXIMUM_CERTIFICATE_BYTES: Final = 16 * 1024
 MAXIMUM_CHAIN_BYTES: Final = 128 * 1024
 MAXIMUM_CHAIN_LENGTH: Final = 16
 """TLS stacks stop at about ten; a bundle of several generations of authorities may be a little longer."""
-_MAXIMUM_NAME_CHARACTERS = 256
 _MINIMUM_RSA_BITS = 2048  # OpenSSL's security level 2, the default, refuses shorter ones in the handshake
 _MIME_LINE = 76  # RFC 2045 §6.8
-# The warning is what the library says of a serial that is not positive and of Diffie-Hellman keys; where warnings are
-# errors it arrives as an exception, and both are refused here anyhow.
+# Of Diffie-Hellman keys the library says a warning, which is an exception where warnings are errors: they are refused
+# either way.
 _UNREADABLE: Final = (
     ValueError,
     TypeError,
@@ -185,23 +186,23 @@ def describe_certificate(der: bytes) -> ForeignCertificate:
             CertificateFault.TOO_LARGE,
             f"a certificate of {len(der)} bytes; at most {MAXIMUM_CERTIFICATE_BYTES} are read",
         )
-    certificate = _load(der)
+    outline = _outline(der)
     try:
-        subject, issuer = certificate.subject.rfc4514_string(), certificate.issuer.rfc4514_string()
+        certificate = x509.load_der_x509_certificate(der)
         not_before, not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         key = certificate.public_key()
     except _UNREADABLE:
         raise BadCertificate(
-            CertificateFault.MALFORMED, "a name, a date or the public key of the certificate cannot be read"
+            CertificateFault.MALFORMED, "a date or the public key of the certificate cannot be read"
         ) from None
     if not_after < not_before:
         raise BadCertificate(CertificateFault.VALIDITY, "the certificate ends before it begins")
     return ForeignCertificate(
         der=der,
         fingerprint=fingerprint(der),
-        subject=_printable(subject),
-        issuer=_printable(issuer),
-        serial_hex=serial_hex(certificate.serial_number),
+        subject=outline.subject,
+        issuer=outline.issuer,
+        serial_hex=serial_hex(outline.serial),
         not_before=not_before,
         not_after=not_after,
         public_key_kind=_describe_key(key),
@@ -209,16 +210,42 @@ def describe_certificate(der: bytes) -> ForeignCertificate:
 
 
 def _load(der: bytes) -> x509.Certificate:
+    _outline(der)
     try:
-        certificate = x509.load_der_x509_certificate(der)
-        serial = certificate.serial_number
+        return x509.load_der_x509_certificate(der)
     except _UNREADABLE:
         raise BadCertificate(CertificateFault.MALFORMED, "not a certificate of X.509 in DER") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    serial: int
+    issuer: str
+    subject: str
+
+
+def _outline(encoded: bytes) -> _Outline:
+    """Serial and names, read by our own strict reader before the library sees the certificate.
+
+    The library warns of serials that are not positive (RFC 5280 §4.1.2.2 forbids them, and so do we) and of names of
+    unusual length (which are harmless); a warning is neither an answer nor a place for somebody else's text.
+    """
+    try:
+        whole = read_der(encoded)
+        body = whole.parts[0] if whole.tag == SEQUENCE and whole.parts else whole
+        # RFC 5280 §4.1: an optional version [0], then serial, algorithm, issuer, validity, subject, key, …
+        fields = body.parts[1:] if body.parts and body.parts[0].tag == CONTEXT_0 else body.parts
+        if len(fields) < 6 or fields[0].tag != INTEGER:
+            raise MalformedDer("the fields of a certificate are missing")
+        issuer, subject = read_name(fields[2]), read_name(fields[4])
+    except MalformedDer as error:
+        raise BadCertificate(CertificateFault.MALFORMED, f"not a certificate of X.509 in DER: {error}") from None
+    serial = int.from_bytes(fields[0].contents, "big", signed=True)
     if serial <= 0:
         raise BadCertificate(
             CertificateFault.MALFORMED, "the serial number of the certificate is not positive, as RFC 5280 demands"
         )
-    return certificate
+    return _Outline(serial, name_text(issuer), name_text(subject))
 
 
 def _issuer_among(pool: Iterable[x509.Certificate], certificate: x509.Certificate) -> x509.Certificate | None:
@@ -245,9 +272,3 @@ def _describe_key(key: PublicKeyTypes) -> str:
         f"the key of the certificate is of no use in TLS; allowed are RSA from {_MINIMUM_RSA_BITS} bits, P-256, P-384, "
         "P-521, Ed25519 and Ed448",
     )
-
-
-def _printable(name: str) -> str:
-    """Somebody else's text: controls and invisible characters become escapes, and it is cut."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-    return text if len(text) <= _MAXIMUM_NAME_CHARACTERS else f"{text[: _MAXIMUM_NAME_CHARACTERS - 1]}…"

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, NoReturn
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -37,6 +37,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from certs import der
 from certs.der import Element, MalformedDer, dotted, read_der
 from certs.keys import BadKey, KeyKind, kind_of, load_subject_public_key, spki_der, spki_sha256
+from certs.names import COMMON_NAME, DistinguishedName, read_name
 from certs.pem import MalformedPem, read_blocks
 from certs.weak_keys import ed25519_weakness, rsa_weakness
 
@@ -51,9 +52,6 @@ _MAXIMUM_NAME_CHARACTERS = 128
 """A hardware_id has at most 128 characters (CONTRACT §2), and devices put it into the common name."""
 _MAXIMUM_ATTRIBUTES = 16
 _MAXIMUM_EXTENSIONS = 16
-
-Subject: TypeAlias = tuple[tuple[tuple[str, str], ...], ...]
-"""A distinguished name: its relative names in order, each a tuple of (dotted attribute type, text)."""
 
 
 class RequestFault(Enum):
@@ -90,7 +88,7 @@ class RequestPolicy:
     """The common names that a request may carry (it may always carry none). None: any clean text, ignored."""
     acceptable_uris: frozenset[str] = frozenset()
     """URIs that a requested SAN may contain. Empty: no SAN at all."""
-    required_subject: Subject | None = None
+    required_subject: DistinguishedName | None = None
     """The exact subject, for a renewal (RFC 7030 §4.2.2). Wins over `acceptable_common_names`."""
     forbidden_spki: frozenset[bytes] = frozenset()
     """SubjectPublicKeyInfo (DER) that nobody may have certified: the keys of the authorities and of the server."""
@@ -109,7 +107,7 @@ class CheckedRequest:
 
     spki_der: bytes
     kind: KeyKind
-    subject: Subject
+    subject: DistinguishedName
     witness: InitVar[object] = field(kw_only=True)
 
     def __post_init__(self, witness: object) -> None:
@@ -127,7 +125,7 @@ class CheckedRequest:
     @property
     def common_name(self) -> str | None:
         """What the device wrote as its common name, if anything."""
-        names = [text for relative in self.subject for kind, text in relative if kind == _COMMON_NAME]
+        names = [text for relative in self.subject for kind, text in relative if kind == COMMON_NAME]
         return names[0] if names else None
 
 
@@ -146,7 +144,8 @@ def check_csr(data: bytes, policy: RequestPolicy | None = None) -> CheckedReques
         request = _Structure.read(encoded)
         key_kind = _check_key_algorithm(request.key)
         _check_signature_algorithm(request.signature_algorithm, key_kind)
-        subject = _read_subject(request.subject)
+        subject = read_name(request.subject)
+        _require_plain_strings(request.subject)
         _check_subject(subject, policy)
         _check_attributes(request.attributes, policy)
     except MalformedDer as error:
@@ -174,13 +173,12 @@ def renewal_policy(certificate_der: bytes, policy: RequestPolicy) -> RequestPoli
         uris = frozenset()
     return RequestPolicy(
         acceptable_uris=uris,
-        required_subject=_read_subject(read_der(certificate.subject.public_bytes())),
+        required_subject=read_name(read_der(certificate.subject.public_bytes())),
         forbidden_spki=policy.forbidden_spki,
         maximum_bytes=policy.maximum_bytes,
     )
 
 
-_COMMON_NAME: Final = "2.5.4.3"
 _EXTENSION_REQUEST: Final = "1.2.840.113549.1.9.14"  # RFC 2985 §5.4.2
 _BASIC_CONSTRAINTS: Final = "2.5.29.19"
 _KEY_USAGE: Final = "2.5.29.15"
@@ -284,28 +282,16 @@ def _check_signature_algorithm(algorithm: Element, kind: KeyKind) -> None:
         )
 
 
-def _read_subject(name: Element) -> Subject:
-    relatives: list[tuple[tuple[str, str], ...]] = []
-    for relative in name.parts:
-        if relative.tag != der.SET or not relative.parts:
-            raise MalformedDer("the subject is not a distinguished name")
-        relatives.append(tuple(_read_name_part(part) for part in relative.parts))
-    return tuple(relatives)
-
-
-def _read_name_part(part: Element) -> tuple[str, str]:
-    if part.tag != der.SEQUENCE or len(part.parts) != 2 or part.parts[0].tag != der.OBJECT_IDENTIFIER:
-        raise MalformedDer("the subject is not a distinguished name")
-    kind, value = part.parts
-    if value.tag not in (der.UTF8_STRING, der.PRINTABLE_STRING, der.IA5_STRING):
+def _require_plain_strings(name: Element) -> None:
+    values = (part.parts[-1] for relative in name.parts for part in relative.parts if part.parts)
+    if any(value.tag not in (der.UTF8_STRING, der.PRINTABLE_STRING, der.IA5_STRING) for value in values):
         raise BadRequest(
             RequestFault.SUBJECT,
             "the subject contains a string of an unusual type; UTF8String, PrintableString and IA5String are allowed",
         )
-    return dotted(kind), value.contents.decode("utf-8")
 
 
-def _check_subject(subject: Subject, policy: RequestPolicy) -> None:
+def _check_subject(subject: DistinguishedName, policy: RequestPolicy) -> None:
     parts = [part for relative in subject for part in relative]
     if len(parts) > _MAXIMUM_NAME_PARTS:
         raise BadRequest(
@@ -318,7 +304,7 @@ def _check_subject(subject: Subject, policy: RequestPolicy) -> None:
                 "the subject contains an empty, overlong or unprintable value; allowed is printable text of 1 to "
                 f"{_MAXIMUM_NAME_CHARACTERS} characters, or no subject at all",
             )
-    names = [text for kind, text in parts if kind == _COMMON_NAME]
+    names = [text for kind, text in parts if kind == COMMON_NAME]
     if len(names) > 1:
         raise BadRequest(RequestFault.SUBJECT, f"the subject has {len(names)} common names; at most one is allowed")
     if policy.required_subject is not None:

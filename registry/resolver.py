@@ -241,7 +241,7 @@ class Resolver:
         )
 
 
-_NOT_SEEN = frozenset({DeviceStatus.PENDING, DeviceStatus.REGISTERED})
+_NOT_SEEN = frozenset({DeviceStatus.PENDING, DeviceStatus.REGISTERED, DeviceStatus.OFFLINE})
 
 
 def lookup_of(evidence: Evidence) -> Lookup:

@@ -1,9 +1,9 @@
 """Secrets that must be recoverable (PSKs, CA keys, issuer keys) are sealed under a key ring kept outside the database.
 
 A sealed value is  version(1) ‖ key id length(1) ‖ key id ‖ nonce(12) ‖ AES-256-GCM ciphertext and tag.  Its
-associated data names what the value is for and whose it is (purpose, owner, object, version): a row that is swapped with
-another, a copied column or a flipped byte fails to open. The ring holds several keys by id; the active one seals, all of
-them open, so the ring can be rotated without downtime: add a key, make it active, reseal, drop the old one.
+associated data names what the value is for and whose it is (purpose, owner, object, version): a row that is swapped
+with another, a copied column or a flipped byte fails to open. The ring holds several keys by id; the active one seals,
+all of them open, so the ring can be rotated without downtime: add a key, make it active, reseal, drop the old one.
 
 Random 96-bit nonces are safe for 2**32 seals under one key (NIST SP 800-38D §8.3), far above what a ring key ever does.
 """

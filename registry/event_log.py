@@ -7,7 +7,7 @@ So a slow reader loses nothing and holds nothing, and a reader that comes back w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -55,7 +55,7 @@ class EventLog:
         found = found[:limit]
         return Listing(found, str(found[-1].position) if more else None)
 
-    async def stream(self, tenant_id: TenantId, after: str | None) -> AsyncIterator[list[Event]]:
+    async def stream(self, tenant_id: TenantId, after: str | None) -> AsyncIterator[Sequence[Event]]:
         """Slices of events after a position (None: from now on) for ever, oldest first, each event once."""
         position = self._feed.cursor if after is None else parse_position(after)
         while True:

@@ -23,17 +23,38 @@ and cannot deadlock. A revocation is one transaction (row, event, audit); closin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import assert_never
+from uuid import UUID
 
-from registry.model import Actor, Credential, CredentialId, CredentialKind, DeviceId, Json, Receipt, TenantId
-from registry.paging import Listing, Page
-from registry.ports import CertificateIssuer, Clock, EventHint, IssuedCertificate, Teardown
+from registry import fields, psk, secrets
+from registry.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from registry.events import EventKind, NewEvent
+from registry.model import (
+    Actor,
+    Credential,
+    CredentialId,
+    CredentialKind,
+    Device,
+    DeviceId,
+    DeviceStatus,
+    Fingerprint,
+    Json,
+    Receipt,
+    TenantId,
+)
+from registry.paging import Listing, Page, decode_cursor, listing
+from registry.ports import CertificateIssuer, Clock, Ended, EventHint, IssuedCertificate, Teardown
 from registry.psk import IssuedPsk, PskAssignment
 from registry.sealing import KeyRing
-from registry.secrets import RandomBytes, Secret
-from registry.storage.database import Database
+from registry.secrets import RandomBytes, Secret, SecretKind
+from registry.storage import audit, credentials, devices, events, profiles
+from registry.storage.credentials import NewCredential
+from registry.storage.database import Connection, Database
 
 DEFAULT_OVERLAP_SECONDS = 86_400
 MAX_OVERLAP_SECONDS = 30 * 86_400
@@ -80,6 +101,83 @@ class Rotated:
     receipts: list[Receipt] = field(default_factory=list)
 
 
+class Mint:
+    """Makes secrets and writes their credential rows in the caller's transaction. Shared by every flow that issues.
+
+    `raw` are the 32 bytes of the secret where the caller derives them; otherwise they are random. The caller holds the
+    device's row, or has just made it.
+    """
+
+    def __init__(self, key_ring: KeyRing, random: RandomBytes) -> None:
+        self._key_ring = key_ring
+        self._random = random
+
+    def credential_id(self) -> CredentialId:
+        """An id for a credential that is about to be made."""
+        return CredentialId(fields.fresh_uuid(self._random))
+
+    async def api_key(
+        self,
+        connection: Connection,
+        device: Device,
+        now: datetime,
+        *,
+        label: str = "",
+        expires_at: datetime | None = None,
+        credential_id: CredentialId | None = None,
+        raw: Secret[bytes] | None = None,
+    ) -> IssuedApiKey:
+        """A new API key of the device."""
+        made = credential_id or self.credential_id()
+        key = secrets.encode(SecretKind.API_KEY, raw.reveal() if raw else self._random(secrets.SECRET_BYTES))
+        await credentials.insert(
+            connection,
+            NewCredential(
+                tenant_id=device.tenant_id,
+                device_id=device.device_id,
+                credential_id=made,
+                kind=CredentialKind.API_KEY,
+                lookup=secrets.digest(key.reveal()),
+                created_at=now,
+                label=label,
+                expires_at=expires_at,
+            ),
+        )
+        return IssuedApiKey(made, key, expires_at)
+
+    async def psk(
+        self,
+        connection: Connection,
+        device: Device,
+        now: datetime,
+        *,
+        assignment: PskAssignment | None = None,
+        allow_short: bool = False,
+        credential_id: CredentialId | None = None,
+        raw: Secret[bytes] | None = None,
+    ) -> IssuedPsk:
+        """A new PSK of the device. Raises InvalidArgument, and AlreadyExists for an assigned identity that is taken."""
+        wish = assignment or PskAssignment()
+        made = credential_id or self.credential_id()
+        identity = psk.checked_identity(wish.identity) if wish.identity is not None else psk.new_identity(self._random)
+        key = raw or Secret(self._random(psk.KEY_BYTES))
+        if wish.key is not None:
+            key = psk.checked_key(wish.key, allow_short=allow_short)
+        await credentials.insert(
+            connection,
+            NewCredential(
+                tenant_id=device.tenant_id,
+                device_id=device.device_id,
+                credential_id=made,
+                kind=CredentialKind.PSK,
+                lookup=identity.encode("ascii"),
+                created_at=now,
+                sealed_key=self._key_ring.seal(key, psk.seal_context(device.tenant_id, made, 1)),
+            ),
+        )
+        return IssuedPsk(made, identity, key)
+
+
 class Credentials:
     """The credentials of devices that exist."""
 
@@ -93,7 +191,13 @@ class Credentials:
         feed: EventHint,
         teardown: Teardown,
         issuer: CertificateIssuer | None = None,
-    ) -> None: ...
+    ) -> None:
+        self._database = database
+        self._mint = Mint(key_ring, random)
+        self._clock = clock
+        self._feed = feed
+        self._teardown = teardown
+        self._issuer = issuer
 
     async def issue_api_key(
         self, tenant_id: TenantId, device_id: DeviceId, label: str, expires_at: datetime | None, actor: Actor
@@ -103,13 +207,29 @@ class Credentials:
         Raises NotFound, InvalidArgument, FailedPrecondition (another credential type, a pending device),
         ResourceExhausted (10 living credentials).
         """
-        raise NotImplementedError
+        now = self._clock()
+        fields.text("label", label, fields.MAX_LABEL, least=0)
+        end = fields.future("expires_at", expires_at, now) if expires_at is not None else None
+        async with self._database.transaction() as connection:
+            device = await self._issuable(connection, tenant_id, device_id, CredentialKind.API_KEY, now)
+            issued = await self._mint.api_key(connection, device, now, label=label, expires_at=end)
+            await _record_issue(connection, device, issued.credential_id, {"label": label}, actor)
+        self._feed.hint()
+        return issued
 
     async def issue_psk(
         self, tenant_id: TenantId, device_id: DeviceId, assignment: PskAssignment, actor: Actor
     ) -> IssuedPsk:
         """One more PSK, generated or assigned. Raises as `issue_api_key`, and AlreadyExists for a taken identity."""
-        raise NotImplementedError
+        now = self._clock()
+        async with self._database.transaction() as connection:
+            device = await self._issuable(connection, tenant_id, device_id, CredentialKind.PSK, now)
+            issued = await self._mint.psk(
+                connection, device, now, assignment=assignment, allow_short=await allows_short_psk(connection, device)
+            )
+            await _record_issue(connection, device, issued.credential_id, {"identity": issued.identity}, actor)
+        self._feed.hint()
+        return issued
 
     async def register_certificate(
         self,
@@ -126,7 +246,27 @@ class Credentials:
 
         Raises as `issue_api_key`, and AlreadyExists when the certificate is already registered for a device.
         """
-        raise NotImplementedError
+        now = self._clock()
+        found_by = checked_fingerprint(fingerprint)
+        new = NewCredential(
+            tenant_id=tenant_id,
+            device_id=device_id,
+            credential_id=self._mint.credential_id(),
+            kind=CredentialKind.X509,
+            lookup=bytes.fromhex(found_by),
+            created_at=now,
+            detail=fields.document("detail", detail),
+            not_before=fields.instant("not_before", not_before),
+            expires_at=fields.future("not_after", not_after, now),
+        )
+        async with self._database.transaction() as connection:
+            device = await self._issuable(connection, tenant_id, device_id, CredentialKind.X509, now)
+            await credentials.insert(connection, new)
+            await _record_issue(connection, device, new.credential_id, {"fingerprint": found_by}, actor)
+            made = await credentials.get(connection, tenant_id, new.credential_id)
+        assert made is not None
+        self._feed.hint()
+        return made
 
     async def list(
         self,
@@ -137,14 +277,36 @@ class Credentials:
         kind: CredentialKind | None = None,
     ) -> Listing[Credential]:
         """Credentials without secrets, revoked ones included, oldest first; of one device (NotFound) or of all."""
-        raise NotImplementedError
+        after = decode_cursor(page.cursor, datetime, UUID) if page.cursor is not None else None
+        async with self._database.connection() as connection:
+            if device_id is not None and await devices.get(connection, tenant_id, device_id) is None:
+                raise NotFound("no such device in this tenant")
+            rows = await credentials.read(connection, tenant_id, device_id, kind, after, page.limit + 1)
+        return listing(rows, page, lambda credential: (credential.created_at, credential.credential_id))
 
     async def rotate(self, tenant_id: TenantId, device_id: DeviceId, request: RotateRequest, actor: Actor) -> Rotated:
         """A fresh credential; the old ones retire as this file's theory says.
 
         Raises NotFound, InvalidArgument, FailedPrecondition (a pending device; x509 without `csr` or without a CA).
         """
-        raise NotImplementedError
+        now = self._clock()
+        overlap = _checked_overlap(request)
+        async with self._database.transaction() as connection:
+            device = _past_pending(await devices.lock(connection, tenant_id, device_id))
+            kind = request.credential_type or device.credential_type
+            plan = plan_rotation(await credentials.living(connection, tenant_id, [device_id], now), now, overlap)
+            issued = await self._issue_successor(connection, device, kind, plan, request.csr, now)
+            if kind is not device.credential_type:
+                await devices.set_credential_type(connection, tenant_id, device_id, kind, now)
+            for old, end in plan.lingering:
+                await credentials.supersede(
+                    connection, tenant_id, old.credential_id, issued.credential_id, end, request.retire_on_use
+                )
+            ended = await _end_all(connection, plan.ending, now, "rotated", actor)
+            await _record_rotation(connection, device, kind, issued.credential_id, plan, now, actor)
+        self._feed.hint()
+        receipts = await asyncio.gather(*(self._teardown.complete(each) for each in ended))
+        return Rotated(issued, plan.retired, plan.valid_until(now), receipts)
 
     async def revoke(
         self,
@@ -156,10 +318,225 @@ class Credentials:
     ) -> Receipt:
         """End a credential now and close its sessions. Again: the first `revoked_at` and no sessions. Raises NotFound,
         also when the credential is not `device_id`'s."""
-        raise NotImplementedError
+        async with self._database.connection() as connection:
+            credential = await credentials.get(connection, tenant_id, credential_id)
+        if credential is None or device_id not in (None, credential.device_id):
+            raise NotFound("no such credential in this tenant" if device_id is None else "no such credential")
+        return await self._revoke(credential, actor, reason)
 
     async def revoke_by_fingerprint(
         self, tenant_id: TenantId, fingerprint: str, actor: Actor, reason: str = "revoked by operator"
     ) -> Receipt:
         """End a certificate by the SHA-256 of its DER (64 hexadecimal digits). As `revoke`."""
-        raise NotImplementedError
+        found_by = checked_fingerprint(fingerprint)
+        async with self._database.connection() as connection:
+            credential = await credentials.by_fingerprint(connection, tenant_id, found_by)
+        if credential is None:
+            raise NotFound("no certificate with this fingerprint is registered in this tenant")
+        return await self._revoke(credential, actor, reason)
+
+    async def _revoke(self, found: Credential, actor: Actor, reason: str) -> Receipt:
+        now = self._clock()
+        fields.text("reason", reason, fields.MAX_NAME)
+        async with self._database.transaction() as connection:
+            await devices.lock(connection, found.tenant_id, found.device_id)
+            ended = await _end_all(connection, [found], now, reason, actor)
+            fresh = await credentials.get(connection, found.tenant_id, found.credential_id)
+        if not ended:
+            before = fresh.revoked_at if fresh and fresh.revoked_at else now
+            return Receipt(found.credential_id, found.device_id, before)
+        self._feed.hint()
+        return await self._teardown.complete(ended[0])
+
+    async def _issuable(
+        self, connection: Connection, tenant_id: TenantId, device_id: DeviceId, kind: CredentialKind, now: datetime
+    ) -> Device:
+        device = _past_pending(await devices.lock(connection, tenant_id, device_id))
+        if device.credential_type is not kind:
+            raise FailedPrecondition(
+                f"the device's credential type is {device.credential_type.value}, not {kind.value}; "
+                "rotate its credentials with another credential_type to change it"
+            )
+        if len(await credentials.living(connection, tenant_id, [device_id], now)) >= MAX_LIVING:
+            raise ResourceExhausted(f"the device has {MAX_LIVING} living credentials; revoke one first")
+        return device
+
+    async def _issue_successor(
+        self,
+        connection: Connection,
+        device: Device,
+        kind: CredentialKind,
+        plan: Rotation,
+        csr: bytes | None,
+        now: datetime,
+    ) -> IssuedCredential:
+        if kind is not CredentialKind.X509 and csr is not None:
+            raise InvalidArgument(f"csr is for x509; the credential type is {kind.value}", field="csr")
+        match kind:
+            case CredentialKind.API_KEY:
+                return await self._mint.api_key(connection, device, now, label=plan.label)
+            case CredentialKind.PSK:
+                return await self._mint.psk(connection, device, now)
+            case CredentialKind.X509:
+                return await issue_certificate(self._issuer, connection, device, csr, now)
+            case _:
+                assert_never(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What a rotation does to the credentials that live: `ending` now, `lingering` until the time beside each."""
+
+    ending: Sequence[Credential]
+    lingering: Sequence[tuple[Credential, datetime | None]]
+    label: str
+    """The successor's, taken from the youngest that it takes the place of."""
+
+    @property
+    def retired(self) -> list[CredentialId]:
+        """All that have an end now."""
+        return [c.credential_id for c in self.ending] + [c.credential_id for c, _ in self.lingering]
+
+    def valid_until(self, now: datetime) -> datetime | None:
+        """When the last of them stops being valid."""
+        if not self.retired:
+            return None
+        return max((end for _, end in self.lingering if end is not None), default=now)
+
+
+def plan_rotation(living: Sequence[Credential], now: datetime, overlap: timedelta) -> Rotation:
+    """What becomes of the living credentials of a device (oldest first); this file's theory as a function.
+
+    Those with a successor are in an overlap already and keep their end: they end at once only if the successor proved
+    to work, or no one would be left who can connect.
+    """
+    retiring = [c for c in living if c.superseded_by is not None]
+    current = [c for c in living if c.superseded_by is None]
+    label = next((c.label for c in reversed(current) if c.label), "")
+    if not overlap:
+        return Rotation(living, [], label)
+    made_by_rotation = {c.superseded_by for c in retiring}
+    replaced = [c for c in current if c.first_used_at is None and c.credential_id in made_by_rotation]
+    keeping = [(c, _earlier(c.expires_at, now + overlap)) for c in current if c not in replaced]
+    if keeping and not replaced:
+        return Rotation(retiring, keeping, label)
+    return Rotation(replaced, [*((c, c.expires_at) for c in retiring), *keeping], label)
+
+
+async def issue_certificate(
+    issuer: CertificateIssuer | None, connection: Connection, device: Device, csr: bytes | None, now: datetime
+) -> IssuedCertificate:
+    """A client certificate for the device. Raises FailedPrecondition without a CA or a request, InvalidArgument."""
+    if issuer is None:
+        raise FailedPrecondition(
+            "credential type x509 needs a csr and a certificate authority; none is configured here"
+        )
+    if csr is None:
+        raise FailedPrecondition("credential type x509 needs a csr, made with the device's own key")
+    return await issuer.issue(connection, device, csr, now=now)
+
+
+async def allows_short_psk(connection: Connection, device: Device) -> bool:
+    """Whether the device's profile takes PSKs of 16 bytes."""
+    if device.profile_id is None:
+        return False
+    profile = await profiles.get(connection, device.tenant_id, device.profile_id)
+    return profile is not None and profile.allow_short_psk
+
+
+def checked_fingerprint(text: str) -> Fingerprint:
+    """A SHA-256 fingerprint in lower case. Raises InvalidArgument."""
+    if re.fullmatch(r"[0-9A-Fa-f]{64}", text) is None:
+        raise InvalidArgument(
+            f"fingerprint {fields.shown(text)} is none: the SHA-256 of the certificate's DER has 64 hexadecimal digits",
+            field="fingerprint",
+        )
+    return Fingerprint(text.lower())
+
+
+async def _end_all(
+    connection: Connection, ending: Sequence[Credential], now: datetime, reason: str, actor: Actor
+) -> list[Ended]:
+    ended: list[Ended] = []
+    for credential in ending:
+        event_seq = await credentials.revoke(connection, credential, now, reason, actor)
+        if event_seq is None:
+            continue
+        ended.append(
+            Ended(
+                event_seq=event_seq,
+                tenant_id=credential.tenant_id,
+                revoked_at=now,
+                device_id=credential.device_id,
+                credential_id=credential.credential_id,
+                reason="credential revoked",
+            )
+        )
+    return ended
+
+
+async def _record_issue(
+    connection: Connection, device: Device, credential_id: CredentialId, data: Mapping[str, Json], actor: Actor
+) -> None:
+    told = {"device_id": str(device.device_id), "kind": device.credential_type.value, **data}
+    await audit.insert(connection, device.tenant_id, actor, "issue", "credential", str(credential_id), told)
+    await events.insert(
+        connection,
+        NewEvent(
+            EventKind.CREDENTIAL_ISSUED,
+            device.tenant_id,
+            actor,
+            device_id=device.device_id,
+            credential_id=credential_id,
+            data={"kind": device.credential_type.value, **data},
+        ),
+    )
+
+
+async def _record_rotation(
+    connection: Connection,
+    device: Device,
+    kind: CredentialKind,
+    credential_id: CredentialId,
+    plan: Rotation,
+    now: datetime,
+    actor: Actor,
+) -> None:
+    until = plan.valid_until(now)
+    data = {
+        "kind": kind.value,
+        "retired": [str(each) for each in plan.retired],
+        "valid_until": until.isoformat() if until else None,
+    }
+    told = {"device_id": str(device.device_id), **data}
+    await audit.insert(connection, device.tenant_id, actor, "rotate", "credential", str(credential_id), told)
+    await events.insert(
+        connection,
+        NewEvent(
+            EventKind.CREDENTIAL_ROTATED,
+            device.tenant_id,
+            actor,
+            device_id=device.device_id,
+            credential_id=credential_id,
+            data=data,
+        ),
+    )
+
+
+def _checked_overlap(request: RotateRequest) -> timedelta:
+    seconds = DEFAULT_OVERLAP_SECONDS if request.overlap_seconds is None else request.overlap_seconds
+    if not 0 <= seconds <= MAX_OVERLAP_SECONDS:
+        raise InvalidArgument(
+            f"overlap_seconds is {seconds}; 0 to {MAX_OVERLAP_SECONDS} are allowed", field="overlap_seconds"
+        )
+    return timedelta(seconds=seconds)
+
+
+def _past_pending(device: Device) -> Device:
+    if device.status is DeviceStatus.PENDING:
+        raise FailedPrecondition("the device is pending; it gets its first credential by its registration token")
+    return device
+
+
+def _earlier(one: datetime | None, other: datetime) -> datetime:
+    return other if one is None else min(one, other)

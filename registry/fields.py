@@ -12,12 +12,13 @@ Bounds are for the honest worst case with room to spare; together they keep a de
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 import msgspec
@@ -25,6 +26,9 @@ import msgspec
 from registry.errors import InvalidArgument
 from registry.model import Json
 from registry.secrets import RandomBytes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MAX_NAME: Final = 256
 MAX_LABEL: Final = 128
@@ -150,6 +154,12 @@ def future(field: str, value: datetime, now: datetime) -> datetime:
 def shown(value: str) -> str:
     """`value` for a message: quoted, every control and non-ASCII character escaped, cut."""
     return ascii(value) if len(value) <= _SHOWN else ascii(value[:_SHOWN]) + "…"
+
+
+def differing(before: DataclassInstance, after: DataclassInstance) -> list[str]:
+    """The names of the fields in which two values of one dataclass differ, for the audit."""
+    every = [each.name for each in dataclasses.fields(before) if each.name != "updated_at"]
+    return [name for name in every if getattr(before, name) != getattr(after, name)]
 
 
 def fresh_uuid(random: RandomBytes) -> UUID:

@@ -93,6 +93,9 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?i)\b(password|passwd|passphrase|secret)(\s?[=:]\s?)[^\s&,;'\"]{1,512}"), r"\1\2" + MASK),
 )
 
+# What every pattern above contains: one search spares ordinary text the rest, which is most of the cost of a line.
+_SUSPECT = re.compile(r"sk_live_|pk_|rt_|eyJ|-----BEGIN|AGE-SECRET|://|(?i:passw|passphrase|secret)")
+
 
 class JsonFormatter(logging.Formatter):
     """Turns a record into one line of JSON without its newline; see the convention above."""
@@ -285,6 +288,8 @@ def configure(level: str = "info", *, descriptor: int = 2) -> Logs:
 
 def redact(text: str) -> str:
     """`text` with everything that looks like a secret masked."""
+    if _SUSPECT.search(text) is None:
+        return text
     for pattern, mask in _SECRETS:
         text = pattern.sub(mask, text)
     return text

@@ -126,12 +126,12 @@ class Authority:
         own = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own.value)
 
-    def sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
-        """Signs a complete builder. Only `certs.issuing` and this module call it, after their checks."""
+    def _sign_certificate(self, builder: x509.CertificateBuilder) -> x509.Certificate:
+        """Private to this package: `certs.issuing` and this module call it, after their checks."""
         return builder.sign(self._key, signature_hash(self._key), ecdsa_deterministic=deterministic_ecdsa(self._key))
 
-    def sign_revocation_list(self, builder: x509.CertificateRevocationListBuilder) -> x509.CertificateRevocationList:
-        """Signs a complete builder. Only `certs.crl` calls it."""
+    def _sign_revocation_list(self, builder: x509.CertificateRevocationListBuilder) -> x509.CertificateRevocationList:
+        """Private to this package: `certs.crl` calls it."""
         return builder.sign(self._key, signature_hash(self._key), ecdsa_deterministic=deterministic_ecdsa(self._key))
 
 
@@ -246,7 +246,7 @@ def make_issuing(
     )
     if crl_url is not None:
         builder = builder.add_extension(distribution_point(crl_url), critical=False)
-    certificate = root.sign_certificate(builder)
+    certificate = root._sign_certificate(builder)
     return AuthorityMaterial(AuthorityRole.ISSUING, certificate.public_bytes(Encoding.DER), key)
 
 

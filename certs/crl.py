@@ -78,7 +78,7 @@ def build_crl(
         .add_extension(issuer.key_identifier, critical=False)
         .add_extension(x509.CRLNumber(number), critical=False)
     )
-    return issuer.sign_revocation_list(builder).public_bytes(Encoding.DER)
+    return issuer._sign_revocation_list(builder).public_bytes(Encoding.DER)
 
 
 def crl_pem(der: bytes) -> bytes:

@@ -229,7 +229,7 @@ def sign(prepared: PreparedCertificate) -> IssuedCertificate:
         builder = prepared._pending.pop()
     except IndexError:
         raise AlreadySigned(f"the certificate {prepared.intent.serial_hex} was signed before") from None
-    certificate = prepared._issuer.sign_certificate(builder)
+    certificate = prepared._issuer._sign_certificate(builder)
     try:
         certificate.verify_directly_issued_by(prepared._issuer.certificate)
     except (ValueError, TypeError, InvalidSignature):

@@ -163,7 +163,8 @@ def renewal_policy(certificate_der: bytes, policy: RequestPolicy) -> RequestPoli
     """The policy for renewing or rekeying this certificate of ours: the same subject, and its own URIs if any SAN.
 
     RFC 7030 §4.2.2 wants subject and SAN identical to those of the certificate. A request without a SAN is accepted,
-    since many clients copy the subject only and the new certificate gets its SAN from the registry anyhow.
+    since many clients copy the subject only and the new certificate gets its SAN from the registry anyhow. Ask
+    `AuthoritySet.issuer_of` first whether the certificate is ours; raises ValueError for one that cannot be read.
     """
     certificate = x509.load_der_x509_certificate(certificate_der)
     try:

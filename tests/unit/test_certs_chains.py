@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certs.authority import Authority, make_issuing, make_root
@@ -206,6 +206,7 @@ def test_a_certificate_cut_or_bent_anywhere_gives_the_declared_error_only() -> N
 
 
 @given(st.binary(max_size=300))
+@settings(deadline=None)
 def test_random_bytes_are_no_certificate(data: bytes) -> None:
     for form in (data, bundle([data])):
         with pytest.raises(BadCertificate):
@@ -222,12 +223,14 @@ def test_random_bytes_are_no_certificate(data: bytes) -> None:
         st.tuples(st.sampled_from(["CERTIFICATE", "X509 CRL", "NEW CERTIFICATE REQUEST"]), st.binary()), max_size=4
     )
 )
+@settings(deadline=None)
 def test_pem_blocks_round_trip(blocks: list[tuple[str, bytes]]) -> None:
     text = b"".join(write_block(label, der) for label, der in blocks)
     assert [(block.label, block.der) for block in read_blocks(text)] == blocks
 
 
 @given(st.binary(max_size=200))
+@settings(deadline=None)
 def test_pem_reading_is_total(data: bytes) -> None:
     for form in (data, b"-----BEGIN X-----\n" + data, b"-----BEGIN X-----\n" + data + b"\n-----END X-----"):
         try:

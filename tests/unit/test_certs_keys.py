@@ -9,7 +9,7 @@ from math import prod
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certs.der import MalformedDer, dotted, read_der
@@ -155,6 +155,7 @@ def test_an_honest_point_is_not_weak() -> None:
 
 
 @given(st.binary(max_size=120))
+@settings(deadline=None)
 def test_the_reader_is_total_and_faithful(data: bytes) -> None:
     try:
         element = read_der(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certs.renewal import ValidityState, expired_for, needs_renewal, renewal_window, validity_state
@@ -30,6 +30,7 @@ def test_jitter_is_a_fraction(jitter: float) -> None:
 
 
 @given(st.binary(min_size=4, max_size=4))
+@settings(deadline=None)
 def test_the_advised_window_lies_in_the_last_third_and_leaves_room(drawn: bytes) -> None:
     window = renewal_window(BEGIN, END, lambda _: drawn)
     assert BEGIN + timedelta(days=60) <= window.opens_at <= BEGIN + timedelta(days=75)

@@ -25,6 +25,7 @@ from datetime import UTC, date, datetime, time, timedelta
 
 import asyncpg
 
+from registry.errors import Unavailable
 from registry.storage.database import Connection
 
 PARENTS = ("uplink", "reading")
@@ -68,17 +69,20 @@ async def today(connection: Connection) -> date:
 async def ensure(connection: Connection, days: Sequence[date]) -> list[str]:
     """Make the partitions of `days` that are missing, all or none; the names of the new ones.
 
-    Safe with several nodes at once. Raises asyncpg.LockNotAvailableError after `MAKE_LOCK_SECONDS`.
+    Safe with several nodes at once. Raises Unavailable if a lock is not to be had within `MAKE_LOCK_SECONDS`.
     """
     wanted = {table_name(parent, day): (parent, day) for parent in PARENTS for day in days}
     if not set(wanted) - await _attached(connection, list(wanted)):
         return []
-    async with connection.transaction():
-        await _set_lock_timeout(connection, MAKE_LOCK_SECONDS)
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
-        missing = sorted(set(wanted) - await _attached(connection, list(wanted)))
-        for name in missing:
-            await _make(connection, name, *wanted[name])
+    try:
+        async with connection.transaction():
+            await _set_lock_timeout(connection, MAKE_LOCK_SECONDS)
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
+            missing = sorted(set(wanted) - await _attached(connection, list(wanted)))
+            for name in missing:
+                await _make(connection, name, *wanted[name])
+    except asyncpg.LockNotAvailableError as error:
+        raise Unavailable("the partitions of uplinks are locked") from error
     return missing
 
 

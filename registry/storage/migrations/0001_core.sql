@@ -206,12 +206,12 @@ CREATE INDEX teardown_report_age ON teardown_report (reported_at);
 
 -- Uplinks and readings: partitioned by the day they were received (database clock), kept by dropping partitions.
 CREATE TABLE uplink (
-    uplink_id    uuid NOT NULL,
+    uplink_id    uuid NOT NULL,                    -- version 7: in the order of arrival within a batch
     tenant_id    uuid NOT NULL,
     device_id    uuid NOT NULL,
-    kind         text NOT NULL,
-    payload      json NOT NULL,
-    message_id   text,
+    kind         text COLLATE "C" NOT NULL,
+    payload      json NOT NULL,                    -- json keeps the sender's text as it was; jsonb would rewrite it
+    message_id   text COLLATE "C",
     observed_at  timestamptz,
     received_at  timestamptz NOT NULL,
     transport    text NOT NULL,
@@ -227,20 +227,23 @@ CREATE TABLE uplink_message (
     received_at  timestamptz NOT NULL,
     PRIMARY KEY (device_id, message_id)
 );
-CREATE INDEX uplink_message_age ON uplink_message USING brin (received_at);
+-- Always appended to at its end; lets old rows be deleted in order, in chunks.
+CREATE INDEX uplink_message_age ON uplink_message (received_at);
 
 CREATE TABLE reading (
     tenant_id    uuid NOT NULL,
     device_id    uuid NOT NULL,
-    component    text NOT NULL,
-    sensor       text NOT NULL,
-    observed_at  timestamptz NOT NULL,
+    component    text COLLATE "C" NOT NULL,
+    sensor       text COLLATE "C" NOT NULL,
+    observed_at  timestamptz NOT NULL,             -- when the device says, else when it was received
     received_at  timestamptz NOT NULL,
-    value_type   text NOT NULL CHECK (value_type IN ('DOUBLE', 'BIGINT', 'BOOLEAN', 'TEXT')),
+    uplink_id    uuid NOT NULL,
+    ordinal      smallint NOT NULL,                -- its place in the uplink
     number       double precision,                 -- DOUBLE
     "integer"    bigint,                           -- BIGINT
     "boolean"    boolean,                          -- BOOLEAN
     "text"       text,                             -- TEXT
-    uplink_id    uuid NOT NULL
+    CHECK (num_nonnulls(number, "integer", "boolean", "text") = 1)
 ) PARTITION BY RANGE (received_at);
 CREATE INDEX reading_by_sensor ON reading (device_id, component, sensor, observed_at);
+CREATE INDEX reading_by_device ON reading (device_id, observed_at);

@@ -1,0 +1,267 @@
+"""Uplinks and readings in SQL: a batch goes in with one statement, which is its own transaction.
+
+What the statement does, in PostgreSQL's order of effects:
+
+    1. `won`     claims (device_id, message_id) for every uplink that has one. A key that another transaction is about
+                 to claim is waited for; one that is taken is passed over. Keys are claimed in one global order, so two
+                 nodes cannot wait for each other.
+    2. `stored`  inserts the uplinks that have no key or won theirs.
+    3. `measured` inserts their readings.
+
+It answers the uplinks that won. Who lost is looked up afterwards, in a new snapshot, in which the winner is committed.
+
+Failures are told apart by what they say about the outcome, see `insert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import asyncpg
+from asyncpg import Record
+from asyncpg.pgproto import pgproto
+
+from registry.model import DeviceId, TenantId, UplinkId
+from registry.payloads import NewUplink
+from registry.storage import partitions
+from registry.storage.database import Connection
+
+Row = tuple[UplinkId, NewUplink]
+
+BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+END = datetime(9999, 1, 1, tzinfo=UTC)
+"""Bounds for "no bound": a plain range keeps PostgreSQL's partition pruning, which `$1 IS NULL OR …` would lose."""
+LAST_UUID = UUID(int=2**128 - 1)
+MAX_BATCH = 4096
+"""Uplinks in one batch: the twelve bits of an id that count within it."""
+
+_DATA_CLASSES = frozenset({"22", "23", "54"})
+"""SQLSTATE classes that blame a row: data exception, integrity constraint, program limit."""
+_OUTCOME_UNKNOWN = "40003"
+"""statement_completion_unknown, the one of its class that does not say that nothing happened."""
+
+
+class RowsRefused(Exception):
+    """At least one row cannot be stored as it is. Nothing of the batch was stored."""
+
+
+class PartitionMissing(Exception):
+    """There is no partition for the database's today. Nothing of the batch was stored."""
+
+
+class RolledBack(Exception):
+    """PostgreSQL chose to roll back (a deadlock). Nothing of the batch was stored; it may be tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which rows of a device: from `since` up to, not including, `until`, and behind the last one shown."""
+
+    since: datetime
+    until: datetime
+    limit: int
+
+
+def new_ids(count: int, milliseconds: int, random: Callable[[int], bytes]) -> list[UplinkId]:
+    """`count` (at most `MAX_BATCH`) new ids in ascending order. `milliseconds` since 1970; `random(n)` gives n bytes.
+
+    UUID version 7 (RFC 9562 §5.7) with a counter in rand_a (§6.2, method 1) and 62 random bits, not meant as a secret.
+    """
+    assert count <= MAX_BATCH
+    moment = (milliseconds & 0xFFFF_FFFF_FFFF).to_bytes(6, "big")
+    heads = [moment + (0x7000 | place).to_bytes(2, "big") for place in range(count)]
+    tails = random(8 * count)
+    # asyncpg's own UUID class: made from bytes in a fifth of the time, and encoded without a detour.
+    return [
+        UplinkId(pgproto.UUID(head + bytes((0x80 | tails[at] & 0x3F,)) + tails[at + 1 : at + 8]))
+        for head, at in zip(heads, range(0, 8 * count, 8), strict=True)
+    ]
+
+
+async def insert(connection: Connection, rows: Sequence[Row]) -> set[UplinkId]:
+    """Store a batch, all or nothing; the ids of the uplinks that won their message id. Commits by itself.
+
+    Raises RowsRefused, PartitionMissing or RolledBack: nothing was stored. Any other failure leaves the outcome open.
+    """
+    try:
+        won = await connection.fetch(_INSERT, *_uplink_columns(rows), *_message_columns(rows), *_reading_columns(rows))
+    except asyncpg.CheckViolationError as error:
+        # A row without a partition is reported as a violated check that has no name.
+        if error.constraint_name is None and error.table_name in partitions.PARENTS:
+            raise PartitionMissing from error
+        raise RowsRefused from error
+    except asyncpg.PostgresError as error:
+        state = error.sqlstate or ""
+        if state[:2] in _DATA_CLASSES:
+            raise RowsRefused from error
+        if state[:2] == "40" and state != _OUTCOME_UNKNOWN:
+            raise RolledBack from error
+        raise
+    except ValueError as error:  # a value that has no encoding; nothing was sent
+        raise RowsRefused from error
+    return {row["uplink_id"] for row in won}
+
+
+_INSERT = """
+WITH won AS (
+    INSERT INTO uplink_message (device_id, message_id, uplink_id, received_at)
+    SELECT device_id, message_id, uplink_id, now()
+    FROM unnest($10::uuid[], $11::text[], $12::uuid[])
+         WITH ORDINALITY AS m (device_id, message_id, uplink_id, place)
+    ORDER BY device_id, message_id COLLATE "C", place
+    ON CONFLICT (device_id, message_id) DO NOTHING
+    RETURNING uplink_id
+), stored AS (
+    INSERT INTO uplink (uplink_id, tenant_id, device_id, kind, payload, message_id, observed_at, received_at,
+                        transport, via)
+    SELECT uplink_id, tenant_id, device_id, kind, payload::json, message_id, observed_at, now(), transport, via
+    FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
+                $8::text[], $9::uuid[])
+         AS u (uplink_id, tenant_id, device_id, kind, payload, message_id, observed_at, transport, via)
+    WHERE message_id IS NULL OR uplink_id IN (SELECT uplink_id FROM won)
+), measured AS (
+    INSERT INTO reading (tenant_id, device_id, component, sensor, observed_at, received_at, uplink_id, ordinal,
+                         number, "integer", "boolean", "text")
+    SELECT tenant_id, device_id, component, sensor, coalesce(observed_at, now()), now(), uplink_id, ordinal,
+           number, "integer", "boolean", "text"
+    FROM unnest($13::uuid[], $14::uuid[], $15::uuid[], $16::boolean[], $17::smallint[], $18::text[], $19::text[],
+                $20::timestamptz[], $21::float8[], $22::bigint[], $23::boolean[], $24::text[])
+         AS r (uplink_id, tenant_id, device_id, named, ordinal, component, sensor, observed_at,
+               number, "integer", "boolean", "text")
+    WHERE NOT named OR uplink_id IN (SELECT uplink_id FROM won)
+)
+SELECT uplink_id FROM won
+"""
+
+
+def _uplink_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
+    return (
+        [i for i, _ in rows],
+        [u.tenant_id for _, u in rows],
+        [u.device_id for _, u in rows],
+        [u.kind for _, u in rows],
+        [u.payload for _, u in rows],
+        [u.message_id for _, u in rows],
+        [u.observed_at for _, u in rows],
+        [u.transport.value for _, u in rows],
+        [u.via for _, u in rows],
+    )
+
+
+def _message_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
+    named = [row for row in rows if row[1].message_id is not None]
+    return [u.device_id for _, u in named], [u.message_id for _, u in named], [i for i, _ in named]
+
+
+def _reading_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
+    readings = [(i, u, place, r) for i, u in rows if u.readings for place, r in enumerate(u.readings)]
+    values = [r.value for _, _, _, r in readings]
+    kinds = [type(value) for value in values]
+    return (
+        [i for i, _, _, _ in readings],
+        [u.tenant_id for _, u, _, _ in readings],
+        [u.device_id for _, u, _, _ in readings],
+        [u.message_id is not None for _, u, _, _ in readings],
+        [place for _, _, place, _ in readings],
+        [r.component for _, _, _, r in readings],
+        [r.sensor for _, _, _, r in readings],
+        [r.observed_at or u.observed_at for _, u, _, r in readings],
+        [value if kind is float else None for value, kind in zip(values, kinds, strict=True)],
+        [value if kind is int else None for value, kind in zip(values, kinds, strict=True)],
+        [value if kind is bool else None for value, kind in zip(values, kinds, strict=True)],
+        [value if kind is str else None for value, kind in zip(values, kinds, strict=True)],
+    )
+
+
+async def winners(connection: Connection, keys: Sequence[tuple[DeviceId, str]]) -> dict[tuple[DeviceId, str], UplinkId]:
+    """The uplinks that hold these (device_id, message_id); a key that nobody holds is absent."""
+    rows = await connection.fetch(
+        """
+        SELECT device_id, message_id, uplink_id
+        FROM unnest($1::uuid[], $2::text[]) AS k (device_id, message_id)
+        JOIN uplink_message USING (device_id, message_id)
+        """,
+        [device_id for device_id, _ in keys],
+        [message_id for _, message_id in keys],
+    )
+    return {(row["device_id"], row["message_id"]): row["uplink_id"] for row in rows}
+
+
+async def make_todays_partitions(connection: Connection) -> list[str]:
+    """Today's and tomorrow's, by the database's clock; the names of the new ones. Raises Unavailable."""
+    today = await partitions.today(connection)
+    return await partitions.ensure(connection, [today, today + timedelta(days=1)])
+
+
+async def read_uplinks(
+    connection: Connection,
+    tenant_id: TenantId,
+    device_id: DeviceId,
+    kind: str | None,
+    window: Window,
+    behind: tuple[datetime, UUID],
+) -> list[Record]:
+    """Uplinks of one device received in the window, newest first, behind (received_at, uplink_id)."""
+    rows: list[Record] = await connection.fetch(
+        """
+        SELECT uplink_id, kind, payload::text AS payload, message_id, observed_at, received_at, transport, via
+        FROM uplink
+        WHERE tenant_id = $1 AND device_id = $2 AND ($3::text IS NULL OR kind = $3)
+          AND received_at >= $4 AND received_at < $5
+          AND received_at <= $6 AND (received_at, uplink_id) < ($6, $7)
+        ORDER BY received_at DESC, uplink_id DESC
+        LIMIT $8
+        """,
+        tenant_id,
+        device_id,
+        kind,
+        window.since,
+        window.until,
+        *behind,
+        window.limit,
+    )
+    return rows
+
+
+async def read_readings(
+    connection: Connection,
+    tenant_id: TenantId,
+    device_id: DeviceId,
+    component: str | None,
+    sensor: str | None,
+    window: Window,
+    behind: tuple[datetime, UUID, int],
+) -> list[Record]:
+    """Readings of one device observed in the window, newest first, behind (observed_at, uplink_id, ordinal)."""
+    rows: list[Record] = await connection.fetch(
+        _READINGS_OF_SENSOR if component is not None and sensor is not None else _READINGS,
+        tenant_id,
+        device_id,
+        component,
+        sensor,
+        window.since,
+        window.until,
+        *behind,
+        window.limit,
+    )
+    return rows
+
+
+def _readings_where(condition: str) -> str:
+    return f"""
+        SELECT component, sensor, observed_at, received_at, uplink_id, ordinal, number, "integer", "boolean", "text"
+        FROM reading
+        WHERE tenant_id = $1 AND device_id = $2 AND {condition}
+          AND observed_at >= $5 AND observed_at < $6
+          AND observed_at <= $7 AND (observed_at, uplink_id, ordinal) < ($7, $8, $9::bigint)
+        ORDER BY observed_at DESC, uplink_id DESC, ordinal DESC
+        LIMIT $10
+    """  # noqa: S608  # the conditions are the two below
+
+
+# Two statements, because each has an index of its own.
+_READINGS = _readings_where("($3::text IS NULL OR component = $3) AND ($4::text IS NULL OR sensor = $4)")
+_READINGS_OF_SENSOR = _readings_where("component = $3 AND sensor = $4")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -25,7 +26,7 @@ from types import MappingProxyType
 import asyncpg
 import msgspec
 from adapters.http.app import HttpApiSettings, create_app
-from registry.retention import Retention
+from registry.retention import Retention, RetentionSettings
 
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
@@ -50,6 +51,7 @@ from registry.trust import WrongKeyRing, open_trust
 
 log = logging.getLogger(__name__)
 
+RETENTION_SECONDS = 3600.0
 PROBE_SECONDS = 1.0
 """How often the database is asked whether it answers, for readiness."""
 DATABASE_WAIT_SECONDS = 60.0
@@ -174,14 +176,14 @@ class Server:
     @asynccontextmanager
     async def _running_core(self, core: Core) -> AsyncIterator[None]:
         registry, supervisor = core.registry, self._supervisor
-        retention = Retention(core.database, retention_days=self._config.telemetry.retention_days)
-        await retention.run_once()
+        retention = Retention(core.database, RetentionSettings(retention_days=self._config.telemetry.retention_days))
+        await retention.run_once(utc_now())
         await registry.feed.start()
         await registry.node.join()
         supervisor.keep("feed", registry.feed.run)
         supervisor.keep("node", registry.node.run)
         supervisor.keep("refusals", registry.refusals.run)
-        supervisor.keep("retention", retention.run)
+        supervisor.keep("retention", lambda: _every_hour(retention))
         supervisor.keep("probe", lambda: self._probe(core.database))
         self._watch(core)
         try:
@@ -287,6 +289,7 @@ async def serve(config: Config) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked)
     with logs.configure(config.logs.level) as running_logs:
+        _raise_file_limit()
         server.metrics.watch_dropped_logs(lambda: running_logs.dropped)
         starting = asyncio.ensure_future(server.start())
         asking = asyncio.ensure_future(stop.wait())
@@ -318,6 +321,25 @@ _EXPECTED = (
     CertificateProblem,
 )
 """Failures that an operator can understand and mend; anything else is a bug and shows its traceback."""
+
+
+async def _every_hour(retention: Retention) -> None:
+    while True:
+        await asyncio.sleep(RETENTION_SECONDS)
+        report = await retention.run_once(utc_now())
+        if report.dropped or report.deleted or report.locked:
+            fields = {"dropped": report.dropped, "locked": report.locked, "deleted": report.deleted}
+            log.info("retention.done", extra={"fields": fields})
+
+
+def _raise_file_limit() -> None:
+    """Every connection is a descriptor, and many shells allow 1,024 where the hard limit is far higher."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            log.warning("limits.open_files", extra={"fields": {"soft": soft, "hard": hard, "reason": str(error)}})
 
 
 async def _renew(certificate: ServerCertificate, context: TlsContext) -> None:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import asyncpg
-from registry.uplinks import Uplinks
+from registry.uplinks import UplinkLimits, Uplinks
 
 from certs.chains import bundle
 from edge.config import Config
@@ -130,9 +130,7 @@ def build(
         sessions=sessions,
         uplinks=Uplinks(
             database,
-            max_queued=config.limits.uplink_queue,
-            max_queued_bytes=config.limits.uplink_queue_bytes,
-            max_payload_bytes=config.limits.uplink_payload_bytes,
+            limits=UplinkLimits(queue=config.limits.uplink_queue, queue_bytes=config.limits.uplink_queue_bytes),
             observe=observe_batch,
         ),
         event_log=EventLog(database, feed, refusals),

@@ -11,11 +11,10 @@ Pure and total: any bytes give blocks or MalformedPem.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from dataclasses import dataclass
 
-_BOUNDARY = re.compile(r"-----(BEGIN|END) ([A-Z0-9 ]{1,40})-----[ \t]*")
+_BOUNDARY = re.compile(r"-----(BEGIN|END) ([A-Z0-9 ]{1,40})-----[ \t]*\r?")
 _BLANKS = dict.fromkeys(map(ord, " \t\r\n"))
 _LINE = 64  # RFC 7468 §2: generators wrap base64 at 64 characters
 
@@ -54,7 +53,7 @@ def read_blocks(data: bytes) -> tuple[PemBlock, ...]:
     blocks: list[PemBlock] = []
     label: str | None = None
     body: list[str] = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines(), which knows separators that other readers do not
         boundary = _BOUNDARY.fullmatch(line)
         if boundary is None and ("-----BEGIN" in line or "-----END" in line):
             raise MalformedPem("a PEM boundary that does not stand on a line of its own")
@@ -102,7 +101,7 @@ def _decode(body: str, label: str | None) -> bytes:
         raise MalformedPem(f"headers or a nested boundary{where}; only base64 is allowed")
     try:
         der = base64.b64decode(packed, validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one; text beyond ASCII is another
         raise MalformedPem(f"broken base64{where}") from None
     if base64.b64encode(der).decode("ascii") != packed:
         raise MalformedPem(f"base64 that is not the canonical form{where}")

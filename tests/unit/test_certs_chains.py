@@ -252,8 +252,11 @@ def test_pem_reading_is_total(data: bytes) -> None:
         b"-----BEGIN A-----\nAA*A\n-----END A-----\n",
         b"x -----BEGIN A-----\nAAAA\n-----END A-----\n",
         b"-----BEGIN A-----AAAA-----END A-----\n",
+        "-----BEGIN A-----\nAAÄA\n-----END A-----\n".encode(),
+        "text\u2028-----BEGIN A-----\nAAAA\n-----END A-----\n".encode(),
+        b"-----BEGIN A-----\x0cAAAA\x0c-----END A-----",
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_ambiguous_pem_is_refused(text: bytes) -> None:
     with pytest.raises(MalformedPem):

@@ -302,7 +302,7 @@ class Credentials:
                 await credentials.supersede(
                     connection, tenant_id, old.credential_id, issued.credential_id, end, request.retire_on_use
                 )
-            ended = await _end_all(connection, plan.ending, now, "rotated", actor)
+            ended = await end_all(connection, plan.ending, now, "rotated", actor)
             await _record_rotation(connection, device, kind, issued.credential_id, plan, now, actor)
         self._feed.hint()
         receipts = await asyncio.gather(*(self._teardown.complete(each) for each in ended))
@@ -340,7 +340,7 @@ class Credentials:
         fields.text("reason", reason, fields.MAX_NAME)
         async with self._database.transaction() as connection:
             await devices.lock(connection, found.tenant_id, found.device_id)
-            ended = await _end_all(connection, [found], now, reason, actor)
+            ended = await end_all(connection, [found], now, reason, actor)
             fresh = await credentials.get(connection, found.tenant_id, found.credential_id)
         if not ended:
             before = fresh.revoked_at if fresh and fresh.revoked_at else now
@@ -454,9 +454,13 @@ def checked_fingerprint(text: str) -> Fingerprint:
     return Fingerprint(text.lower())
 
 
-async def _end_all(
+async def end_all(
     connection: Connection, ending: Sequence[Credential], now: datetime, reason: str, actor: Actor
 ) -> list[Ended]:
+    """Revoke these in the caller's transaction, which holds their devices' rows; those that had not ended before.
+
+    Duty of the caller: after the commit, `hint` and `Teardown.complete`.
+    """
     ended: list[Ended] = []
     for credential in ending:
         event_seq = await credentials.revoke(connection, credential, now, reason, actor)

@@ -179,7 +179,7 @@ def _uplink(
 
 def _depth_exceeds(value: Json, limit: int) -> bool:
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [part for whole in level for part in _parts(whole) if type(part) is list or type(part) is dict]
         if not level:
             return False

@@ -297,7 +297,7 @@ class HttpConnection(asyncio.Protocol):
                 )
             )
         self._phase = _Phase.HEAD
-        self._check_at = _NEVER
+        self._check_at = self._idle_at = _NEVER
         self._target = b""
         self._headers = []
         self._head_fed = 0
@@ -559,8 +559,8 @@ class HttpConnection(asyncio.Protocol):
         if self._transport is None:
             return
         receiving = self._receiving
-        backlog = receiving is not None and len(receiving.body) > self._server.limits.max_buffered_body
-        if self._waiting or backlog:
+        backlog = len(receiving.body) if receiving is not None and not receiving.complete else 0
+        if self._waiting or backlog > self._server.limits.max_buffered_body:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
@@ -699,8 +699,8 @@ class HttpConnection(asyncio.Protocol):
             self.abort()
             return
         if now >= self._idle_at:
-            self._server.counters.idle_closed += 1
-            self._end("idle")
+            self._server.counters.idle_closed += not self._half_closed
+            self._end("half-closed" if self._half_closed else "idle")
             return
         if now >= self._check_at:
             self._check_progress(now, limits.body_grace, limits.min_body_rate)

@@ -193,7 +193,7 @@ async def test_old_versions_and_suites_are_refused() -> None:
     async with serving() as service:
         old = client_context(SERVER)
         old.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
-        with pytest.warns(DeprecationWarning):
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
             old.maximum_version = ssl.TLSVersion.TLSv1_1
         old.set_ciphers("ALL:@SECLEVEL=0")
         static = client_context(SERVER, version=ssl.TLSVersion.TLSv1_2)

@@ -40,7 +40,14 @@ def test_tells_which_read_began_a_handshake_record() -> None:
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"GET / HTTP/1.1\r\n", b"\x00" * 9, b"\x17\x02\x00\x00\x01", b"\x17\x03\x03\xff\xff", b"\x80\x2e\x01\x00\x02", b"\x18"],
+    [
+        b"GET / HTTP/1.1\r\n",
+        bytes(9),
+        b"\x17\x02\x00\x00\x01",
+        b"\x17\x03\x03\xff\xff",
+        b"\x80\x2e\x01\x00\x02",
+        b"\x18",
+    ],
 )
 def test_refuses_what_is_not_tls(garbage: bytes) -> None:
     with pytest.raises(RemoteProtocolError):

@@ -73,6 +73,13 @@ def some_binaries() -> PostgresBinaries:
     return FOUND[0]
 
 
+@pytest.fixture(autouse=True)
+def no_clusters_left_behind(tmp_path: Path) -> Iterator[None]:
+    """pytest keeps the directories of three runs; at 40 MB a cluster these must not be among them."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "D"

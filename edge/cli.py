@@ -1,0 +1,570 @@
+"""The command `gatehouse`: names, options, exit codes.
+
+Theory. Three options belong to every command and may stand before or after its name: `--config`, `--data-dir`,
+`--json`. Each level of the line (program, group, command) takes them and what stands nearer to the command wins; the
+sum is an `Invocation`. Only then is the configuration read, once, and handed down complete.
+
+    0    done                         1    it failed, for the reason on the one line of standard error
+    130  Ctrl-C                       2    a wrong command line or configuration; nothing was opened
+
+Expected failures are the types in `_expected`; anything else is a bug and shows its traceback. Standard output holds
+what was asked for and nothing else. This file imports nothing heavy: `gatehouse --help` must not pay for a server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from typer.exceptions import TyperException
+
+from edge.terminal import complain
+
+if TYPE_CHECKING:
+    from edge.config import Config
+
+Result = TypeVar("Result")
+
+FAILED = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="The configuration file; else $GATEHOUSE_CONFIG, ./gatehouse.toml or /etc/gatehouse/gatehouse.toml.",
+    ),
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help="What this node keeps; beats the configuration.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+TenantOption = Annotated[str | None, typer.Option("--tenant", metavar="SLUG", help="The tenant, by slug or id.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """What the options of every command said."""
+
+    config: Path | None = None
+    data_dir: Path | None = None
+    as_json: bool = False
+
+    def nearer(self, config: Path | None, data_dir: Path | None, as_json: bool) -> Invocation:
+        """These options with those that stand nearer to the command over them."""
+        return Invocation(config or self.config, data_dir or self.data_dir, as_json or self.as_json)
+
+    def load(self) -> Config:
+        """The configuration. Raises ConfigError."""
+        from edge.config import load
+
+        return load(self.config, self.data_dir, os.environ)
+
+
+class UsageProblem(Exception):
+    """A word of the command line that cannot be used; exit code 2."""
+
+
+def _group(help_text: str) -> typer.Typer:
+    return typer.Typer(help=help_text, no_args_is_help=True, rich_markup_mode=None)
+
+
+app = typer.Typer(
+    name="gatehouse",
+    help="An IoT edge server that owns device identity.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tenants = _group("Tenants: whose everything is.")
+tokens = _group("Operators' tokens for the HTTP API.")
+devices = _group("Devices and what they authenticate with.")
+authorities = _group("The built-in certificate authority.")
+key_ring = _group("The keys that seal secrets in the database.")
+for name, group in (
+    ("tenant", tenants),
+    ("token", tokens),
+    ("device", devices),
+    ("ca", authorities),
+    ("key-ring", key_ring),
+):
+    app.add_typer(group, name=name)
+
+
+def main() -> NoReturn:
+    """The program."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out one command line; the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows its escape
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(list(arguments), prog_name="gatehouse", standalone_mode=False)
+        sys.stdout.flush()
+    except TyperException as error:
+        complain(f"{error.format_message()}{_hint(error)}")
+        return WRONG_USAGE
+    except UsageProblem as error:
+        complain(str(error))
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain again when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    return code if isinstance(code, int) else 0
+
+
+# -- the whole program and its groups ----------------------------------------------------------------------------------
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"gatehouse {version('gatehouse')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def gatehouse(
+    context: typer.Context,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """An IoT edge server that owns device identity."""
+    context.obj = Invocation(config, data_dir, as_json)
+
+
+@tenants.callback()
+@tokens.callback()
+@devices.callback()
+@authorities.callback()
+@key_ring.callback()
+def _nearer(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    context.obj = _invocation(context, config, data_dir, as_json)
+
+
+# -- the server --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Prints one line of JSON when everything listens; logs go to standard error.
+    """
+    loaded = _configuration(_invocation(context, config, data_dir, as_json))
+
+    async def work() -> int:
+        from edge.serve import serve as serve_node
+
+        return await serve_node(loaded)
+
+    _exit(_finish(work))
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="End after the story instead of serving on.")] = False,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what it does on a server of its own.
+
+    Brings devices online, lets them report, throws one out; then prints commands to try and goes on serving.
+
+    Keeps its data in ./gatehouse-data unless --data-dir or GATEHOUSE_DATA_DIR says otherwise, and reads a
+    configuration file only if --config or GATEHOUSE_CONFIG names one.
+    """
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(demo_invocation(given, os.environ))
+
+    async def work() -> int:
+        from edge.demo import tell
+
+        return await tell(loaded, once=once)
+
+    _exit(_finish(work))
+
+
+def demo_invocation(given: Invocation, environ: Mapping[str, str]) -> Invocation:
+    """The same, but away from every default that a production node could be using on this machine."""
+    config = given.config or (None if environ.get("GATEHOUSE_CONFIG") else Path(os.devnull))
+    data_dir = given.data_dir
+    if data_dir is None and given.config is None and not environ.get("GATEHOUSE_DATA_DIR"):
+        data_dir = Path("gatehouse-data")
+    return Invocation(config, data_dir, given.as_json)
+
+
+@app.command("check-config")
+def check_config(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Show the configuration that would be used, secrets masked. Exit code 2 if it cannot be used."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+    from edge.config import describe
+    from edge.terminal import show_json, show_text
+
+    described = describe(loaded)
+    if given.as_json:
+        show_json(described)
+    else:
+        show_text(_as_toml(described))
+
+
+@app.command()
+def migrate(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Bring the database schema up to date. A starting server does the same by itself."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.migrate_schema(loaded, as_json=given.as_json)
+
+    _finish(work)
+
+
+# -- tenants and tokens ------------------------------------------------------------------------------------------------
+
+
+@tenants.command("create")
+def create_tenant(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What people call it.")],
+    slug: Annotated[
+        str | None, typer.Option("--slug", metavar="SLUG", help="Its short name; made from NAME if not given.")
+    ] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a tenant; prints {"tenant_id", "slug"}."""
+    loaded = _configuration(_invocation(context, config, data_dir, as_json))
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.create_tenant(loaded, name, slug)
+
+    _finish(work)
+
+
+@tenants.command("list")
+def list_tenants(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """All tenants."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.list_tenants(loaded, as_json=given.as_json)
+
+    _finish(work)
+
+
+@tokens.command("mint")
+def mint_token(
+    context: typer.Context,
+    tenant: Annotated[str, typer.Option("--tenant", metavar="SLUG", help="The tenant, by slug or id.")],
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="platform_admin, tenant_admin or member.")],
+    permission: Annotated[
+        list[str] | None,
+        typer.Option("--permission", metavar="PERMISSION", help="What a member may do; may be repeated."),
+    ] = None,
+    ttl: Annotated[str, typer.Option("--ttl", metavar="TIME", help="How long it is valid: 90s, 15m, 1h, 7d.")] = "1h",
+    subject: Annotated[
+        str | None, typer.Option("--subject", metavar="NAME", help="Who it is for; else cli:<your user name>.")
+    ] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Mint an operator's token; prints the token and nothing else."""
+    given = _invocation(context, config, data_dir, as_json)
+    lifetime = parse_duration("--ttl", ttl)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.mint_token(
+            loaded,
+            tenant=tenant,
+            role=commands.parse_role(role),
+            permissions=commands.parse_permissions(permission or ()),
+            ttl=lifetime,
+            subject=subject,
+            as_json=given.as_json,
+        )
+
+    _finish(work)
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@devices.command("list")
+def list_devices(
+    context: typer.Context,
+    tenant: TenantOption = None,
+    status: Annotated[str | None, typer.Option("--status", metavar="STATUS", help="active, offline, …")] = None,
+    group: Annotated[str | None, typer.Option("--group", metavar="NAME")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", metavar="KEY[=VALUE]")] = None,
+    profile_id: Annotated[str | None, typer.Option("--profile-id", metavar="ID")] = None,
+    site_id: Annotated[str | None, typer.Option("--site-id", metavar="ID")] = None,
+    gateway_id: Annotated[str | None, typer.Option("--gateway-id", metavar="ID")] = None,
+    q: Annotated[
+        str | None, typer.Option("--q", "-q", metavar="TEXT", help="Part of the name, or beginning of hardware_id.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, max=1_000_000, help="At most so many.")] = 100,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Devices of one tenant, or of all; every filter that is given must hold."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        query = commands.DeviceQuery(tenant, status, group, tag, profile_id, site_id, gateway_id, q, limit)
+        await commands.list_devices(loaded, query, as_json=given.as_json)
+
+    _finish(work)
+
+
+@devices.command("show")
+def show_device(
+    context: typer.Context,
+    device_id: Annotated[str, typer.Argument(metavar="DEVICE_ID")],
+    tenant: TenantOption = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One device and its credentials, without their secrets."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.show_device(loaded, device_id, tenant, as_json=given.as_json)
+
+    _finish(work)
+
+
+@devices.command("revoke")
+def revoke_device(
+    context: typer.Context,
+    device_id: Annotated[str, typer.Argument(metavar="DEVICE_ID")],
+    credential: Annotated[
+        str | None, typer.Option("--credential", metavar="ID", help="Only this one; else every living one.")
+    ] = None,
+    tenant: TenantOption = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End a device's credentials and close its sessions on all nodes; prints the receipt."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.revoke_device(loaded, device_id, credential, tenant, as_json=given.as_json)
+
+    _finish(work)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+@authorities.command("show")
+def show_authorities(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """The chain of the built-in CA, in PEM: what clients need to trust this server."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.show_authorities(loaded, as_json=given.as_json)
+
+    _finish(work)
+
+
+@key_ring.command("show")
+def show_key_ring(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Where the key ring is and the ids of its keys; never a key."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        commands.show_key_ring(loaded, as_json=given.as_json)
+
+    _finish(work)
+
+
+# -- from options to work ----------------------------------------------------------------------------------------------
+
+
+def parse_duration(option: str, text: str) -> timedelta:
+    """A number and its unit: 90s, 15m, 1h, 7d. Raises UsageProblem."""
+    found = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if found is None:
+        raise UsageProblem(f"{option}: {text[:40]!a} is no duration; a number and s, m, h or d is expected, as in 15m")
+    number, unit = found.groups()
+    return timedelta(seconds=int(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit])
+
+
+def _invocation(context: typer.Context, config: Path | None, data_dir: Path | None, as_json: bool) -> Invocation:
+    above = context.obj if isinstance(context.obj, Invocation) else Invocation()
+    return above.nearer(config, data_dir, as_json)
+
+
+def _configuration(given: Invocation) -> Config:
+    """Ends the program with exit code 2, naming key and reason, if there is none to be had."""
+    from edge.config import ConfigError
+
+    try:
+        return given.load()
+    except ConfigError as error:
+        complain(str(error))
+        _exit(WRONG_USAGE)
+
+
+def _finish(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run `work` to its end on uvloop; an expected failure ends the program with its one line."""
+    import asyncio
+    import logging
+
+    # A library's warning is not part of a command's answer; `serve` sets its own logging up.
+    logging.getLogger().addHandler(logging.NullHandler())
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(work())
+    except BrokenPipeError:
+        raise  # our own standard output; see `run`
+    except _expected() as error:
+        complain(_message(error))
+        _exit(FAILED)
+
+
+def _loop_factory() -> Callable[[], Any] | None:
+    try:
+        import uvloop
+    except ImportError:  # no wheel and no compiler for this platform: asyncio's own loop serves as well, slower
+        return None
+    return uvloop.new_event_loop
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """Failures that an operator can understand and mend."""
+    import asyncpg
+
+    from edge.postgres import DataDirectoryBusy, PostgresUnavailable
+    from edge.wiring import OperatorKeysProblem
+    from registry.errors import RegistryError
+    from registry.sealing import KeyRingError
+    from registry.storage.migrate import MigrationError
+    from registry.trust import WrongKeyRing
+
+    problems: list[type[BaseException]] = [
+        DataDirectoryBusy,
+        PostgresUnavailable,
+        OperatorKeysProblem,
+        RegistryError,
+        KeyRingError,
+        MigrationError,
+        WrongKeyRing,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        OSError,
+        TimeoutError,
+    ]
+    if "edge.serve" in sys.modules:
+        problems.append(sys.modules["edge.serve"].StartError)
+    return tuple(problems)
+
+
+def _message(error: BaseException) -> str:
+    import asyncpg
+
+    match error:
+        case asyncpg.PostgresError() | asyncpg.InterfaceError():
+            return f"database: {error}"
+        case TimeoutError():
+            return "database: no answer in time"
+        case OSError() if error.filename is not None:
+            return f"{error.filename}: {error.strerror}"
+        case OSError():
+            return f"database: cannot be reached: {error.strerror or error}"
+        case _:
+            return str(error) or type(error).__name__
+
+
+def _as_toml(described: Mapping[str, Any]) -> str:
+    """A configuration file that says the same; what has no value stands there as a comment."""
+    lines = [_toml_line(name, value) for name, value in described.items() if not isinstance(value, dict)]
+    for section, keys in described.items():
+        if isinstance(keys, dict):
+            lines += ["", f"[{section}]", *(_toml_line(name, value) for name, value in keys.items())]
+    return "\n".join(lines)
+
+
+def _toml_line(name: str, value: object) -> str:
+    # JSON's text, numbers, booleans and lists of texts are written the same way in TOML.
+    return f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}"
+
+
+def _hint(error: TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (see {context.command_path} --help)" if context is not None else ""
+
+
+def _exit(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+__all__ = ["Invocation", "UsageProblem", "app", "demo_invocation", "main", "parse_duration", "run"]

@@ -82,7 +82,8 @@ class PostgresServer:
         """The DSN of a new database: a copy of the migrated template, or empty for `template=None`."""
         name = f"test_{os.getpid()}_{next(self._numbers)}"
         source = template or "template0"
-        self._run(self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{source}"'))
+        # Copying files costs two checkpoints, which are nothing without fsync, and is three times as fast as WAL_LOG.
+        self._run(self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{source}" STRATEGY FILE_COPY'))
         return self.dsn(name)
 
     def drop_database(self, dsn: str) -> None:

@@ -63,7 +63,8 @@ class UplinkLimits:
     batch_bytes: int = 4 * 1024 * 1024
     """The same in bytes; one larger uplink goes alone."""
     runners: int = 2
-    """Batches under way at once: PostgreSQL flushes one while the other is being filled."""
+    """Batches under way at once. The rate is the same with one; the second goes on while the first waits for a message
+    id that another node is storing, or to try again."""
 
 
 @dataclass(frozen=True, slots=True)

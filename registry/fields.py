@@ -51,19 +51,23 @@ _UNPRINTABLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _INTEGERS: Final = range(-(2**63), 2**64)
 
 
-def text(field: str, value: str, most: int, *, least: int = 1) -> str:
-    """`value`, of `least` to `most` characters, on one line; a text that must not be empty is not blank either."""
+def text(field: str, value: str, most: int, *, least: int = 1, what: str | None = None) -> str:
+    """`value`, of `least` to `most` characters, on one line; a text that must not be empty is not blank either.
+
+    `what` is said in the message where the field alone does not tell.
+    """
+    said = what or field
     if not least <= len(value) <= most:
-        raise InvalidArgument(f"{field} has {len(value)} characters; {least} to {most} are allowed", field=field)
+        raise InvalidArgument(f"{said} has {len(value)} characters; {least} to {most} are allowed", field=field)
     for character in value:
         if unsafe(character):
             raise InvalidArgument(
-                f"{field} contains U+{ord(character):04X}; control characters, line separators and bidirectional "
+                f"{said} contains U+{ord(character):04X}; control characters, line separators and bidirectional "
                 "overrides are not allowed",
                 field=field,
             )
     if least and not value.strip():
-        raise InvalidArgument(f"{field} is blank", field=field)
+        raise InvalidArgument(f"{said} is blank", field=field)
     return value
 
 
@@ -93,7 +97,7 @@ def names(field: str, values: Sequence[str], *, most: int = MAX_GROUPS, longest:
     """`values` without repetitions, in their order: at most `most`, each a text of 1 to `longest` characters."""
     if len(values) > most:
         raise InvalidArgument(f"{field} has {len(values)} entries; {most} are allowed", field=field)
-    return list(dict.fromkeys(text(field, value, longest) for value in values))
+    return list(dict.fromkeys(text(field, value, longest, what=f"an entry of {field}") for value in values))
 
 
 def tags(field: str, values: Mapping[str, str]) -> dict[str, str]:
@@ -101,12 +105,12 @@ def tags(field: str, values: Mapping[str, str]) -> dict[str, str]:
     if len(values) > MAX_TAGS:
         raise InvalidArgument(f"{field} has {len(values)} entries; {MAX_TAGS} are allowed", field=field)
     for key, value in values.items():
-        text(f"{field}: a key", key, MAX_TAG_KEY)
+        text(field, key, MAX_TAG_KEY, what=f"{field}: a key")
         if "=" in key:
             raise InvalidArgument(
                 f"{field}: the key {shown(key)} contains '=', which ends a key in filters", field=field
             )
-        text(f"{field}: the value of {shown(key)}", value, MAX_TAG_BYTES, least=0)
+        text(field, value, MAX_TAG_BYTES, least=0, what=f"{field}: the value of {shown(key)}")
         if len(value.encode()) > MAX_TAG_BYTES:
             raise InvalidArgument(
                 f"{field}: the value of {shown(key)} has {len(value.encode())} bytes; {MAX_TAG_BYTES} are allowed",

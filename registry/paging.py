@@ -108,7 +108,7 @@ def _typed(value: str | int, wanted: type) -> CursorValue:
     try:
         if wanted is datetime and isinstance(value, str):
             at = datetime.fromisoformat(value)
-            return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+            return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
         if wanted is UUID and isinstance(value, str):
             return UUID(value)
     except (ValueError, OverflowError):

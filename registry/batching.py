@@ -71,6 +71,11 @@ class Batcher(Generic[Item, Result]):
         """Items that wait for a batch."""
         return len(self._queue)
 
+    @property
+    def queued_weight(self) -> int:
+        """What the waiting items weigh together."""
+        return self._queued_weight
+
     def submit(self, item: Item) -> asyncio.Future[Result]:
         """Queue one item; the future has its outcome. Raises Unavailable when the queue is full or stopped."""
         if self._stopped:

@@ -141,6 +141,11 @@ class Uplinks:
         """Uplinks that wait for a batch."""
         return self._batcher.queued
 
+    @property
+    def queued_bytes(self) -> int:
+        """What they weigh together, roughly."""
+        return self._batcher.queued_weight
+
     def submit(self, uplink: NewUplink) -> asyncio.Future[StoredUplink]:
         """Queue an uplink; the future is done when it is committed, or has the error.
 

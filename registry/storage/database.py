@@ -118,5 +118,5 @@ def is_away(error: BaseException) -> bool:
         state = error.sqlstate or ""
         return state[:2] in _AWAY_CLASSES or state == _READ_ONLY
     if isinstance(error, asyncpg.InterfaceError):
-        return not isinstance(error, asyncpg.DataError | asyncpg.exceptions.ClientConfigurationError)
+        return not isinstance(error, ValueError)  # a value that cannot be encoded, or a DSN that is none
     return isinstance(error, OSError | TimeoutError | asyncpg.InternalClientError)

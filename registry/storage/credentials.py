@@ -12,7 +12,7 @@ from asyncpg import Record, UniqueViolationError
 from registry.errors import AlreadyExists
 from registry.events import EventKind, NewEvent
 from registry.model import Actor, Credential, CredentialId, CredentialKind, DeviceId, Fingerprint, Json, TenantId
-from registry.storage import audit, events
+from registry.storage import audit, certificates, events
 from registry.storage.database import Connection
 
 _COLUMNS = """
@@ -188,7 +188,7 @@ async def supersede(
     expires_at: datetime | None,
     retire_on_use: bool,
 ) -> None:
-    """Give a credential an end and say what takes its place."""
+    """Give a credential an end and say what takes its place; a certificate of ours that ends early will be listed."""
     await connection.execute(
         """
         UPDATE credential SET superseded_by = $3, expires_at = $4, retire_on_use = $5
@@ -200,6 +200,8 @@ async def supersede(
         expires_at,
         retire_on_use,
     )
+    if expires_at is not None:
+        await certificates.end_at(connection, tenant_id, credential_id, expires_at, "superseded")
 
 
 async def revoke(
@@ -219,6 +221,8 @@ async def revoke(
     )
     if done is None:
         return None
+    if credential.kind is CredentialKind.X509:
+        await certificates.end(connection, credential.tenant_id, credential.credential_id, now, reason)
     await audit.insert(
         connection,
         credential.tenant_id,

@@ -13,6 +13,7 @@ from asyncpg import ForeignKeyViolationError, Record, UniqueViolationError
 
 from registry.errors import AlreadyExists, InvalidArgument, NotFound
 from registry.model import AnchorMode, CredentialKind, Device, DeviceId, DeviceStatus, TemplateId, TenantId
+from registry.storage import certificates
 from registry.storage.database import Connection
 
 MAX_GATEWAY_DEPTH = 8
@@ -203,7 +204,8 @@ async def set_credential_type(
 
 
 async def delete(connection: Connection, tenant_id: TenantId, device_id: DeviceId, now: datetime) -> Device:
-    """Delete the device and with it its credentials; its children lose their gateway. Raises NotFound.
+    """Delete the device and with it its credentials; its children lose their gateway. Its certificates stay on record
+    as revoked. Raises NotFound.
 
     The exclusive lock comes first: no child can be added once the children have been let go.
     """
@@ -220,6 +222,7 @@ async def delete(connection: Connection, tenant_id: TenantId, device_id: DeviceI
         device_id,
         now,
     )
+    await certificates.end_of_device(connection, tenant_id, device_id, now, "device deleted")
     await connection.execute("DELETE FROM device WHERE tenant_id = $1 AND device_id = $2", tenant_id, device_id)
     return _device(row)
 

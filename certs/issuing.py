@@ -153,6 +153,11 @@ class PreparedCertificate:
         self._issuer: Final = issuer
         self._pending: Final = [builder]
 
+    @property
+    def spent(self) -> bool:
+        """Whether it was signed, or tried to be."""
+        return not self._pending
+
     def __repr__(self) -> str:
         state = "pending" if self._pending else "spent"
         return f"PreparedCertificate({self.intent.serial_hex}, {state})"

@@ -25,14 +25,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import assert_never
 from uuid import UUID
 
 from registry import fields, psk, secrets
-from registry.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from registry.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from registry.events import EventKind, NewEvent
 from registry.model import (
     Actor,
@@ -48,7 +49,7 @@ from registry.model import (
     TenantId,
 )
 from registry.paging import Listing, Page, decode_cursor, listing
-from registry.ports import CertificateIssuer, Clock, Ended, EventHint, IssuedCertificate, Teardown
+from registry.ports import CertificateIssuer, Clock, Ended, EventHint, IssuedCertificate, PreparedIssue, Teardown
 from registry.psk import IssuedPsk, PskAssignment
 from registry.sealing import KeyRing
 from registry.secrets import RandomBytes, Secret, SecretKind
@@ -291,11 +292,16 @@ class Credentials:
         """
         now = self._clock()
         overlap = _checked_overlap(request)
-        async with self._database.transaction() as connection:
+        kind = await self._kind_to_issue(tenant_id, device_id, request)
+        async with (
+            preparing(self._issuer, kind, tenant_id, device_id, request.csr, now) as prepared,
+            self._database.transaction() as connection,
+        ):
             device = _past_pending(await devices.lock(connection, tenant_id, device_id))
-            kind = request.credential_type or device.credential_type
+            if kind is not (request.credential_type or device.credential_type):
+                raise Unavailable("the device's credential type has just changed; try again")
             plan = plan_rotation(await credentials.living(connection, tenant_id, [device_id], now), now, overlap)
-            issued = await self._issue_successor(connection, device, kind, plan, request.csr, now)
+            issued = await self._issue_successor(connection, device, kind, plan, prepared, now)
             if kind is not device.credential_type:
                 await devices.set_credential_type(connection, tenant_id, device_id, kind, now)
             for old, end in plan.lingering:
@@ -303,7 +309,7 @@ class Credentials:
                     connection, tenant_id, old.credential_id, issued.credential_id, end, request.retire_on_use
                 )
             ended = await end_all(connection, plan.ending, now, "rotated", actor)
-            await _record_rotation(connection, device, kind, issued.credential_id, plan, now, actor)
+            await record_rotation(connection, device, kind, issued.credential_id, plan, now, actor)
         self._feed.hint()
         receipts = await asyncio.gather(*(self._teardown.complete(each) for each in ended))
         return Rotated(issued, plan.retired, plan.valid_until(now), receipts)
@@ -361,24 +367,33 @@ class Credentials:
             raise ResourceExhausted(f"the device has {MAX_LIVING} living credentials; revoke one first")
         return device
 
+    async def _kind_to_issue(self, tenant_id: TenantId, device_id: DeviceId, request: RotateRequest) -> CredentialKind:
+        """What the successor will be, as the device is now: a certificate is prepared before the transaction."""
+        async with self._database.connection() as connection:
+            device = await devices.get(connection, tenant_id, device_id)
+        if device is None:
+            raise NotFound("no such device in this tenant")
+        kind = request.credential_type or _past_pending(device).credential_type
+        if kind is not CredentialKind.X509 and request.csr is not None:
+            raise InvalidArgument(f"csr is for x509; the credential type is {kind.value}", field="csr")
+        return kind
+
     async def _issue_successor(
         self,
         connection: Connection,
         device: Device,
         kind: CredentialKind,
         plan: Rotation,
-        csr: bytes | None,
+        prepared: PreparedIssue | None,
         now: datetime,
     ) -> IssuedCredential:
-        if kind is not CredentialKind.X509 and csr is not None:
-            raise InvalidArgument(f"csr is for x509; the credential type is {kind.value}", field="csr")
         match kind:
             case CredentialKind.API_KEY:
                 return await self._mint.api_key(connection, device, now, label=plan.label)
             case CredentialKind.PSK:
                 return await self._mint.psk(connection, device, now)
             case CredentialKind.X509:
-                return await issue_certificate(self._issuer, connection, device, csr, now)
+                return await issue_certificate(self._issuer, connection, device, prepared, now)
             case _:
                 assert_never(kind)
 
@@ -423,17 +438,50 @@ def plan_rotation(living: Sequence[Credential], now: datetime, overlap: timedelt
     return Rotation(replaced, [*((c, c.expires_at) for c in retiring), *keeping], label)
 
 
-async def issue_certificate(
-    issuer: CertificateIssuer | None, connection: Connection, device: Device, csr: bytes | None, now: datetime
-) -> IssuedCertificate:
-    """A client certificate for the device. Raises FailedPrecondition without a CA or a request, InvalidArgument."""
+@asynccontextmanager
+async def preparing(
+    issuer: CertificateIssuer | None,
+    kind: CredentialKind,
+    tenant_id: TenantId,
+    device_id: DeviceId,
+    csr: bytes | None,
+    now: datetime,
+) -> AsyncIterator[PreparedIssue | None]:
+    """Around the transaction that issues a credential of this kind: a certificate is on record before it is signed.
+
+    None for kinds that need no preparation. What the block did not issue is withdrawn. Raises FailedPrecondition
+    without a CA or a request, InvalidArgument, Unavailable.
+    """
+    if kind is not CredentialKind.X509:
+        yield None
+        return
     if issuer is None:
         raise FailedPrecondition(
             "credential type x509 needs a csr and a certificate authority; none is configured here"
         )
     if csr is None:
         raise FailedPrecondition("credential type x509 needs a csr, made with the device's own key")
-    return await issuer.issue(connection, device, csr, now=now)
+    prepared = await issuer.prepare(tenant_id, device_id, csr, now=now)
+    done = False
+    try:
+        yield prepared
+        done = prepared.certificate.spent
+    finally:
+        if not done:
+            await issuer.withdraw(prepared)
+
+
+async def issue_certificate(
+    issuer: CertificateIssuer | None,
+    connection: Connection,
+    device: Device,
+    prepared: PreparedIssue | None,
+    now: datetime,
+) -> IssuedCertificate:
+    """A client certificate for the device, as it was prepared. Raises InvalidArgument (another device's key)."""
+    assert issuer is not None
+    assert prepared is not None, "a certificate is prepared before the transaction (`preparing`)"
+    return await issuer.issue(connection, device, prepared, now=now)
 
 
 async def allows_short_psk(connection: Connection, device: Device) -> bool:
@@ -497,7 +545,7 @@ async def _record_issue(
     )
 
 
-async def _record_rotation(
+async def record_rotation(
     connection: Connection,
     device: Device,
     kind: CredentialKind,
@@ -506,6 +554,7 @@ async def _record_rotation(
     now: datetime,
     actor: Actor,
 ) -> None:
+    """Write the audit row and the event of a rotation, in its transaction."""
     until = plan.valid_until(now)
     data = {
         "kind": kind.value,

@@ -32,7 +32,7 @@ from datetime import datetime
 from typing import Final, assert_never
 
 from registry import fields, secrets
-from registry.credentials import MAX_LIVING, IssuedApiKey, IssuedCredential, Mint, issue_certificate
+from registry.credentials import MAX_LIVING, IssuedApiKey, IssuedCredential, Mint, issue_certificate, preparing
 from registry.devices import inherited
 from registry.errors import InvalidArgument, Refused, Unavailable
 from registry.events import EventKind, NewEvent
@@ -50,7 +50,7 @@ from registry.model import (
     TemplateStatus,
     TenantId,
 )
-from registry.ports import CertificateIssuer, Clock, EventHint, RefusalLog
+from registry.ports import CertificateIssuer, Clock, EventHint, PreparedIssue, RefusalLog
 from registry.psk import IssuedPsk, seal_context
 from registry.sealing import KeyRing, SealBroken
 from registry.secrets import RandomBytes, Secret, SecretKind
@@ -174,8 +174,14 @@ class KeyClaim:
     ) -> Claimed | None:
         """Make the device, or None when a rival was first or the terms changed: look again."""
         take = templates.consume if terms.limited else templates.hold_terms
+        device_id = DeviceId(fields.fresh_uuid(self._random))
         try:
-            async with self._database.transaction() as connection:
+            async with (
+                preparing(
+                    self._issuer, terms.credential_type, terms.tenant_id, device_id, request.csr, now
+                ) as prepared,
+                self._database.transaction() as connection,
+            ):
                 held = await take(connection, terms.tenant_id, terms.template_id)
                 if held is None or (held.limited and not terms.limited):
                     return None
@@ -183,20 +189,29 @@ class KeyClaim:
                     return None
                 if self._objection(held, request, hardware_id, now) is not None:
                     raise _Lost
-                device = self._device(held, request, hardware_id, now)
+                if held.credential_type is not terms.credential_type:
+                    raise _Lost
+                device = self._device(held, device_id, request, hardware_id, now)
                 if not await devices.insert(connection, device):
                     raise _Lost
-                issued = await self._issue(connection, device, request, now)
+                issued = await self._issue(connection, device, request, prepared, now)
                 await _record(connection, device, issued.credential_id, contact)
         except _Lost:
             return None
         return Claimed(device.tenant_id, device.device_id, True, issued, device.credential_type)
 
-    def _device(self, terms: ClaimTerms, request: ClaimRequest, hardware_id: HardwareId, now: datetime) -> Device:
+    def _device(
+        self,
+        terms: ClaimTerms,
+        device_id: DeviceId,
+        request: ClaimRequest,
+        hardware_id: HardwareId,
+        now: datetime,
+    ) -> Device:
         tags, config = inherited(terms.profile_tags, terms.profile_config, {}, {})
         return Device(
             tenant_id=terms.tenant_id,
-            device_id=DeviceId(fields.fresh_uuid(self._random)),
+            device_id=device_id,
             hardware_id=hardware_id,
             name=request.device_name,
             status=DeviceStatus.REGISTERED,
@@ -218,7 +233,12 @@ class KeyClaim:
         )
 
     async def _issue(
-        self, connection: Connection, device: Device, request: ClaimRequest, now: datetime
+        self,
+        connection: Connection,
+        device: Device,
+        request: ClaimRequest,
+        prepared: PreparedIssue | None,
+        now: datetime,
     ) -> IssuedCredential:
         made = self._mint.credential_id()
         raw = self._derived(request, device, made)[0] if request.nonce is not None else None
@@ -228,7 +248,7 @@ class KeyClaim:
             case CredentialKind.PSK:
                 return await self._mint.psk(connection, device, now, credential_id=made, raw=raw)
             case CredentialKind.X509:
-                return await issue_certificate(self._issuer, connection, device, request.csr, now)
+                return await issue_certificate(self._issuer, connection, device, prepared, now)
             case _:
                 assert_never(device.credential_type)
 

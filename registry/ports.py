@@ -7,10 +7,13 @@ implementations so that no service imports another one that imports it back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
+from uuid import UUID
 
+from certs.issuing import PreparedCertificate
+from certs.request import RequestPolicy
 from registry.events import EventKind
 from registry.model import Contact, CredentialId, Device, DeviceId, Fingerprint, Receipt, SessionId, TenantId
 from registry.storage.database import Connection
@@ -78,21 +81,65 @@ class IssuedCertificate:
     chain_pem: bytes
     """The issuers' certificates, leaf's issuer first."""
     fingerprint: Fingerprint
+    not_before: datetime
     not_after: datetime
+    renew_after: datetime
+    """From when the device is advised to renew it: a moment of its own within the last third of the validity."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedIssue:
+    """A device's certificate that is decided, and whose serial and intent are committed; not signed yet.
+
+    `CertificateIssuer.issue` spends it. One that is not spent is withdrawn.
+    """
+
+    tenant_id: TenantId
+    device_id: DeviceId
+    certificate: PreparedCertificate = field(repr=False)
+    authority_id: UUID
+    chain_pem: bytes = field(repr=False)
+    renew_after: datetime
 
 
 class CertificateIssuer(Protocol):
-    """Makes client certificates for devices."""
+    """Makes client certificates for devices, in two steps: what is to be signed is on record before it is."""
 
-    async def issue(self, connection: Connection, device: Device, csr: bytes, *, now: datetime) -> IssuedCertificate:
-        """Check the request, issue, and insert the credential row, in the caller's transaction.
+    async def prepare(
+        self,
+        tenant_id: TenantId,
+        device_id: DeviceId,
+        csr: bytes,
+        *,
+        now: datetime,
+        policy: RequestPolicy | None = None,
+    ) -> PreparedIssue:
+        """Check the request and commit serial and intent. The device need not exist yet.
 
-        From `csr` (PEM or DER) only the proved public key is taken. Raises InvalidArgument for a bad request.
+        From `csr` (PEM or DER) only the proved public key is taken. Duties of the caller: be in no transaction (this
+        takes a connection of its own), and `withdraw` what is not issued. Raises InvalidArgument for a bad request,
+        FailedPrecondition where no authority can sign now, Unavailable.
         """
+        ...
+
+    async def issue(
+        self, connection: Connection, device: Device, prepared: PreparedIssue, *, now: datetime
+    ) -> IssuedCertificate:
+        """Sign, and insert the credential row, in the caller's transaction, which holds the device's row.
+
+        Raises InvalidArgument where the public key is another device's. It takes a lock; take none after it.
+        """
+        ...
+
+    async def withdraw(self, prepared: PreparedIssue) -> None:
+        """Give up what was not issued. Outside of transactions; never raises, since a forgotten intent harms nobody."""
         ...
 
     async def again(
         self, connection: Connection, device: Device, csr: bytes, *, now: datetime
     ) -> IssuedCertificate | None:
-        """The device's living certificate for the request's public key, if there is one; nothing is made."""
+        """The device's living certificate for the request's public key, if there is one; nothing is made.
+
+        Raises InvalidArgument for a bad request.
+        """
         ...

@@ -241,6 +241,19 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewalRight:
+    """The right of a certificate's holder to ask for its successor, and nothing else: it opens no session.
+
+    Only the resolver makes one (`admit_for_renewal`). `in_grace`: the certificate has expired, but recently.
+    """
+
+    tenant_id: TenantId
+    device_id: DeviceId
+    credential_id: CredentialId
+    in_grace: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ClosedSession:
     """One line of a revocation's receipt (CONTRACT §2)."""
 

@@ -14,6 +14,10 @@ A PSK is needed before it is proved. `offer` gives a key for any identity: an un
 handshake fails exactly as it does for a wrong key. `confirm` is called when the handshake has verified.
 
 Unknown and refused credentials do the same work: one look-up by hash through the same statement, never cached.
+
+A certificate has one more door, `admit_for_renewal`. It opens a little longer than `admit`: for some days after the
+certificate's own end (`certs.renewal`), so that a device that slept through it can still ask for a successor. What it
+gives is a RenewalRight, which no session takes.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import assert_never
 
+from certs.chains import BadCertificate, describe_certificate
+from certs.renewal import GRACE, ValidityState, validity_state
 from registry import secrets
 from registry.batching import Batcher
 from registry.errors import Unauthenticated
@@ -40,6 +46,7 @@ from registry.model import (
     Evidence,
     Identity,
     PskIdentity,
+    RenewalRight,
 )
 from registry.ports import RefusalLog
 from registry.sealing import KeyRing, SealBroken, SealContext
@@ -90,7 +97,9 @@ class Resolver:
         feed_trusted: Callable[[], bool],
         hint: Callable[[], None],
         cache_entries: int = 100_000,
+        renewal_grace: timedelta = GRACE,
     ) -> None:
+        self._renewal_grace = renewal_grace
         self._database = database
         self._ring = ring
         self._refusals = refusals
@@ -116,6 +125,23 @@ class Resolver:
         if isinstance(evidence, ApiKey) and evidence.device_id not in (None, str(state.device_id)):
             raise self._refuse(state, "key of another device", contact)
         return self._identity(state, contact)
+
+    async def admit_for_renewal(self, evidence: ClientCertificate, contact: Contact) -> RenewalRight:
+        """The right to ask for the certificate's successor, also within the grace after its end.
+
+        Raises Unauthenticated (alike for every reason), Unavailable. A certificate that is not yet valid never has it,
+        nor one that a rotation ended before its own date.
+        """
+        lookup = lookup_of(evidence)
+        state = await self._find(lookup)
+        if state is None or not secrets.same(state.lookup, lookup[1]):
+            raise self._refuse(None, f"unknown {lookup[0].value}", contact)
+        now = self._clock()
+        reason = _judge(state, now)
+        in_grace = reason == _EXPIRED and _in_grace(state, evidence.der, now, self._renewal_grace)
+        if reason is not None and not in_grace:
+            raise self._refuse(state, reason, contact)
+        return RenewalRight(state.tenant_id, state.device_id, state.credential_id, in_grace)
 
     async def offer(self, evidence: PskIdentity, contact: Contact) -> PskOffer:
         """A key to run a PSK handshake with, for any identity. Raises Unavailable only."""
@@ -265,13 +291,28 @@ def psk_seal(state: CredentialState) -> SealContext:
 def _judge(state: CredentialState, now: datetime) -> str | None:
     if state.revoked_at is not None:
         return "credential revoked"
-    if state.expires_at is not None and state.expires_at <= now:
-        return "credential expired"
-    if state.not_before is not None and state.not_before > now:
-        return "credential not yet valid"
     if state.device_status is DeviceStatus.INACTIVE:
         return "device inactive"
+    if state.not_before is not None and state.not_before > now:
+        return "credential not yet valid"
+    if state.expires_at is not None and state.expires_at <= now:
+        return _EXPIRED
     return None
+
+
+_EXPIRED = "credential expired"
+"""Judged last: who has this reason has no other one."""
+
+
+def _in_grace(state: CredentialState, der: bytes, now: datetime, grace: timedelta) -> bool:
+    """Whether an expired certificate ended by its own date, not by a rotation's, and less than `grace` ago."""
+    try:
+        own = describe_certificate(der)
+    except BadCertificate:
+        return False
+    if state.expires_at is None or state.expires_at < own.not_after:
+        return False
+    return validity_state(own.not_before, own.not_after, now, grace) in (ValidityState.VALID, ValidityState.GRACE)
 
 
 class _Cache:

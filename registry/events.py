@@ -33,6 +33,12 @@ class EventKind(Enum):
     AUTH_REFUSED = "auth.refused"
     PROVISIONING_REFUSED = "provisioning.refused"
     IMPORT_FINISHED = "import.finished"
+    CA_ROLLED_OVER = "ca.rolled_over"
+    KEY_RING_ROTATED = "key_ring.rotated"
+
+
+SYSTEM = TenantId(UUID(int=0))
+"""Whose the events of the whole database are: no tenant's. Nodes follow them; no operator's list shows them."""
 
 
 TEARDOWN = frozenset(

@@ -3,7 +3,10 @@
 A sealed value is  version(1) ‖ key id length(1) ‖ key id ‖ nonce(12) ‖ AES-256-GCM ciphertext and tag.  Its
 associated data names what the value is for and whose it is (purpose, owner, object, version): a row that is swapped
 with another, a copied column or a flipped byte fails to open. The ring holds several keys by id; the active one seals,
-all of them open, so the ring can be rotated without downtime: add a key, make it active, reseal, drop the old one.
+all of them open, so the ring can be rotated without downtime: add a key, make it active, reseal, drop the old one
+(trust.py does the resealing). A running node's ring follows its file: meeting a value that is sealed under a key it
+does not know, or told by the feed, it reads the file again. Reading never makes it forget: a key that it has held stays
+until the process ends, so that a half-copied file cannot lock a running node out.
 
 Random 96-bit nonces are safe for 2**32 seals under one key (NIST SP 800-38D §8.3), far above what a ring key ever does.
 """
@@ -13,9 +16,10 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +28,8 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from registry.secrets import RandomBytes, Secret
+
+log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -57,9 +63,16 @@ class SealContext:
 class KeyRing:
     """The key-encryption keys by id, one of them active."""
 
-    __slots__ = ("_active", "_keys", "_random")
+    __slots__ = ("_active", "_keys", "_random", "_read_again")
 
-    def __init__(self, keys: Mapping[str, Secret[bytes]], active: str, random: RandomBytes = os.urandom) -> None:
+    def __init__(
+        self,
+        keys: Mapping[str, Secret[bytes]],
+        active: str,
+        random: RandomBytes = os.urandom,
+        read_again: Callable[[], KeyRing | None] | None = None,
+    ) -> None:
+        """`read_again` answers what the ring's file holds, or None where it has not changed or cannot be read."""
         if active not in keys:
             raise KeyRingError(f"the active key {active!r} is not in the ring")
         for key_id, key in keys.items():
@@ -70,6 +83,7 @@ class KeyRing:
         self._keys = MappingProxyType(dict(keys))
         self._active = active
         self._random = random
+        self._read_again = read_again
 
     @classmethod
     def generate(cls, key_id: str = "k1", random: RandomBytes = os.urandom) -> KeyRing:
@@ -80,6 +94,20 @@ class KeyRing:
     def active(self) -> str:
         """The id of the key that seals."""
         return self._active
+
+    @property
+    def key_ids(self) -> tuple[str, ...]:
+        """The ids of all keys, in the order in which they were added."""
+        return tuple(self._keys)
+
+    def refresh(self) -> bool:
+        """Take over what was added to the ring's file, and which key is active there; whether anything changed."""
+        latest = self._read_again() if self._read_again is not None else None
+        if latest is None:
+            return False
+        self._keys = MappingProxyType({**self._keys, **latest._keys})
+        self._active = latest._active
+        return True
 
     def seal(self, value: Secret[bytes], context: SealContext) -> bytes:
         """The value, readable again only with this ring and this context."""
@@ -93,7 +121,10 @@ class KeyRing:
         if len(sealed) < 2 or sealed[0] != _FORMAT:
             raise SealBroken("not a sealed value")
         end = 2 + sealed[1]
-        key = self._keys.get(sealed[2:end].decode("utf-8", "replace"))
+        key_id = sealed[2:end].decode("utf-8", "replace")
+        key = self._keys.get(key_id)
+        if key is None and self.refresh():
+            key = self._keys.get(key_id)
         if key is None:
             raise SealBroken("sealed under a key that this ring does not have")
         nonce, box = sealed[end : end + NONCE_BYTES], sealed[end + NONCE_BYTES :]
@@ -111,11 +142,25 @@ class KeyRing:
         message = len(label).to_bytes(4, "big") + label + material
         return [Secret(hmac.digest(self._keys[k].reveal(), message, "sha256")) for k in order]
 
-    def with_new_active(self, key_id: str) -> KeyRing:
-        """This ring and one more key, which is the active one."""
+    def with_new(self, key_id: str) -> KeyRing:
+        """This ring and one more key, which opens but does not seal yet. Raises KeyRingError."""
         if key_id in self._keys:
             raise KeyRingError(f"the ring already has a key {key_id!r}")
-        return KeyRing({**self._keys, key_id: Secret(self._random(KEY_BYTES))}, key_id, self._random)
+        return KeyRing({**self._keys, key_id: Secret(self._random(KEY_BYTES))}, self._active, self._random)
+
+    def with_active(self, key_id: str) -> KeyRing:
+        """This ring, another of its keys the active one. Raises KeyRingError."""
+        return KeyRing(self._keys, key_id, self._random)
+
+    def with_new_active(self, key_id: str) -> KeyRing:
+        """This ring and one more key, which is the active one. Raises KeyRingError."""
+        return self.with_new(key_id).with_active(key_id)
+
+    def without(self, key_id: str) -> KeyRing:
+        """This ring without a key that is not the active one. Raises KeyRingError."""
+        if key_id not in self._keys:
+            raise KeyRingError(f"the ring has no key {key_id!r}")
+        return KeyRing({i: k for i, k in self._keys.items() if i != key_id}, self._active, self._random)
 
     def to_json(self) -> Secret[str]:
         """The file's content."""
@@ -123,7 +168,9 @@ class KeyRing:
         return Secret(json.dumps({"active": self._active, "keys": keys}, indent=2) + "\n")
 
     @classmethod
-    def from_json(cls, text: str, random: RandomBytes = os.urandom) -> KeyRing:
+    def from_json(
+        cls, text: str, random: RandomBytes = os.urandom, read_again: Callable[[], KeyRing | None] | None = None
+    ) -> KeyRing:
         """The ring of a file's content. Raises KeyRingError without quoting the content."""
         try:
             document = json.loads(text)
@@ -131,7 +178,7 @@ class KeyRing:
             active = str(document["active"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise KeyRingError('not a key ring: {"active": ID, "keys": {ID: base64 of 32 bytes}} is expected') from None
-        return cls(keys, active, random)
+        return cls(keys, active, random, read_again)
 
 
 def load_or_create(path: Path) -> KeyRing:
@@ -141,6 +188,38 @@ def load_or_create(path: Path) -> KeyRing:
     """
     if not path.exists():
         _create(path)
+    return _load(path, _Watched(path).read_again)
+
+
+class _Watched:
+    """A ring's file, read again only when it is another one than before."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._look()
+
+    def read_again(self) -> KeyRing | None:
+        stamp = self._look()
+        if stamp is None or stamp == self._stamp:
+            return None
+        try:
+            ring = _load(self._path)
+        except KeyRingError as error:
+            log.warning("key_ring.unreadable", extra={"fields": {"reason": str(error)}})
+            return None
+        self._stamp = stamp
+        log.info("key_ring.reloaded", extra={"fields": {"active": ring.active}})
+        return ring
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            state = self._path.stat()
+        except OSError:
+            return None
+        return state.st_mtime_ns, state.st_ino, state.st_size
+
+
+def _load(path: Path, read_again: Callable[[], KeyRing | None] | None = None) -> KeyRing:
     try:
         mode = path.stat().st_mode
         text = path.read_text("utf-8")
@@ -149,7 +228,7 @@ def load_or_create(path: Path) -> KeyRing:
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise KeyRingError(f"{path}: its mode is {stat.S_IMODE(mode):04o}; only its owner may read it (chmod 600)")
     try:
-        return KeyRing.from_json(text)
+        return KeyRing.from_json(text, read_again=read_again)
     except KeyRingError as error:
         raise KeyRingError(f"{path}: {error}") from None
 

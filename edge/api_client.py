@@ -21,8 +21,6 @@ from typing import Any, Self
 
 BASE = "/api/v1"
 TIMEOUT_SECONDS = 30.0
-MAX_ANSWER = 16 << 20
-"""Bytes of one answer: far above any page of a list."""
 
 
 class ConnectionClosed(Exception):
@@ -80,7 +78,7 @@ class ApiClient:
         self._send(method, path, body, bearer)
         try:
             response = self._connection.getresponse()
-            raw = response.read(MAX_ANSWER)
+            raw = response.read()  # with a size it would take half an answer for a whole one
         except (http.client.HTTPException, ConnectionError) as error:
             self.close()
             raise ConnectionClosed(f"{method} {path}: {type(error).__name__}") from None

@@ -118,7 +118,7 @@ async def list_tenants(config: Config, *, as_json: bool) -> None:
     async with _core(config) as core:
         tenants = [tenant async for tenant in _every_tenant(core.registry)]
     if as_json:
-        show_json({"tenants": [document(tenant) for tenant in tenants], "next_cursor": None})
+        show_json({"tenants": [document(tenant) for tenant in tenants]})
         return
     columns = (Column("TENANT ID", whole=True), Column("SLUG", whole=True), Column("NAME"), Column("CREATED"))
     show_table(columns, ((t.tenant_id, t.slug, t.name, shown_time(t.created_at)) for t in tenants))
@@ -476,7 +476,8 @@ def shown_time(at: datetime | None) -> str | None:
 
 def _credential_document(credential: Credential) -> Json:
     shown = document(credential)
-    return {("credential_type" if name == "kind" else name): value for name, value in shown.items()}
+    renamed = {("credential_type" if name == "kind" else name): value for name, value in shown.items()}
+    return {name: value for name, value in renamed.items() if name != "tenant_id"}  # the device's line has it
 
 
 def _state(credential: Credential, now: datetime) -> str:

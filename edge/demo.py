@@ -1,0 +1,281 @@
+"""`gatehouse demo`: a server of its own, and a story told through its real API over real TLS.
+
+    start (ports: configured, or free ones) ─► tenant, token ─► steps, each one checked ─► commands to paste ─► Ctrl-C
+                                                                  └ one does not hold: one line, exit 1
+
+The server runs on this process's loop; the steps (demo_steps.py) block, and run in a thread like any other client. Its
+log goes to D/demo.log, so that the story stays readable. What is made here belongs to the tenant `demo`; every run
+takes new hardware ids, so a second one on the same directory tells the same story.
+
+The story claims nothing that it does not check: a step that sees something else than it says raises `Unexpected`.
+Secrets that are printed are those of the demo's own devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import secrets
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+from rich.text import Text
+
+from edge import logs
+from edge.api_client import ConnectionClosed
+from edge.commands import cli_actor, sign_token
+from edge.config import Config
+from edge.demo_steps import STEPS, Held, Site, Story, Unexpected
+from edge.serve import Server
+from edge.terminal import complain, console, plain
+from edge.wiring import open_registry
+from registry.errors import NotFound
+from registry.permissions import Role
+
+TENANT_SLUG = "demo"
+TOKEN_LIFETIME = timedelta(hours=12)
+FAILED = 1
+
+
+async def tell(config: Config, *, once: bool) -> int:
+    """Start, tell the story, print commands and serve until Ctrl-C (not with `once`); the exit code.
+
+    Raises StartError, and what `open_registry` raises.
+    """
+    stage = Stage()
+    config, remarks = _with_free_ports(_for_demo(config))
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    stage.heading("Gatehouse demo")
+    stage.fact("data directory", str(config.data_dir))
+    stage.fact("database", "embedded PostgreSQL" if config.database.dsn is None else "the configured one")
+    with _log_file(config.data_dir / "demo.log", config.logs.level):
+        since = time.perf_counter()
+        server = Server(config)
+        ports = await server.start()
+        try:
+            stage.fact("listening", ", ".join(f"{name} {port}" for name, port in ports.items()))
+            for remark in remarks:
+                stage.fact("", remark)
+            stage.fact("started in", f"{time.perf_counter() - since:.1f} s")
+            site = await _site(config, ports["https"])
+            story = Story(site, stage, secrets.token_hex(3).upper())
+            try:
+                await asyncio.to_thread(story.tell)
+            except (Unexpected, ConnectionClosed, OSError, KeyError) as error:
+                complain(
+                    f"the demo failed in step {stage.number}: {_reason(error)} (log: {config.data_dir / 'demo.log'})"
+                )
+                return FAILED
+            stage.heading(f"All {len(STEPS)} steps held.")
+            if not once:
+                _print_commands(stage, config, site, story.devices["thermometer"])
+                await _until_told_to_stop()
+        finally:
+            await server.stop()
+    return 0
+
+
+class Stage:
+    """Where the story is told: lines on standard output, readable without colour and when piped."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._console = console()
+
+    def heading(self, text: str) -> None:
+        """A line that stands out."""
+        self._line(text, "bold")
+
+    def fact(self, name: str, value: str) -> None:
+        """A name and its value."""
+        self._line(f"  {name:<15} {plain(value)}")
+
+    def step(self, number: int, title: str) -> None:
+        """A new step begins."""
+        self.number = number
+        self._line("")
+        self._line(f"{number}. {title}", "bold cyan")
+
+    def exchange(self, what: str, outcome: str, milliseconds: float | None) -> None:
+        """Something was asked and answered."""
+        took = f"{milliseconds:8.1f} ms" if milliseconds is not None else ""
+        self._line(f"   {plain(what):<58} {plain(outcome):<20}{took}".rstrip(), "dim")
+
+    def note(self, text: str) -> None:
+        """What it means."""
+        self._line(f"   -> {plain(text)}")
+
+    def verbatim(self, text: str) -> None:
+        """Lines to be copied: nothing is added, cut or folded."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style), soft_wrap=True)
+        sys.stdout.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Paste:
+    """A command to be pasted. `endless`: it goes on until Ctrl-C, and belongs into a terminal of its own."""
+
+    what: str
+    command: str
+    endless: bool = False
+
+
+def pastes(data_dir: Path, gatehouse: str) -> Sequence[Paste]:
+    """Commands to try, in an order that makes sense; they use the variables that `variables` sets."""
+    operator = '-H "Authorization: Bearer $OPERATOR"'
+    device = '-H "Authorization: Bearer $DEVICE_KEY"'
+    json_body = "-H 'Content-Type: application/json'"
+    place = shlex.quote(str(data_dir))
+    return (
+        Paste(
+            "the device reports",
+            f"""curl -sS --cacert "$CA" {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.5}}'""",
+        ),
+        Paste("what it reported", f'curl -sS --cacert "$CA" {operator} "$API/devices/$DEVICE_ID/readings?limit=3"'),
+        Paste(
+            "register another device",
+            f"""curl -sS --cacert "$CA" {operator} {json_body} "$API/devices" """
+            """-d '{"name": "Mine", "hardware_id": "HW-'$RANDOM$RANDOM'"}'""",
+        ),
+        Paste("who is connected", f'curl -sS --cacert "$CA" {operator} "$API/sessions"'),
+        Paste("all devices, from the command line", f"{gatehouse} device list --data-dir {place}"),
+        Paste("throw the device out", f'{gatehouse} device revoke "$DEVICE_ID" --data-dir {place}'),
+        Paste(
+            "it tries again: 401",
+            f"""curl -sS --cacert "$CA" {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.6}}'""",
+        ),
+        Paste("why?", f'curl -sS --cacert "$CA" {operator} "$API/devices/$DEVICE_ID/timeline?limit=5"'),
+        Paste("watch what happens", f'curl -sSN --cacert "$CA" {operator} "$API/events/stream"', endless=True),
+    )
+
+
+def variables(config: Config, site: Site, device: Held) -> Sequence[tuple[str, str]]:
+    """What the commands need to know."""
+    host = f"[{site.host}]" if ":" in site.host else site.host
+    return (
+        ("API", f"https://{host}:{site.port}/api/v1"),
+        ("CA", str(site.ca_chain)),
+        ("OPERATOR", site.operator_token),
+        ("DEVICE_ID", device.device_id),
+        ("DEVICE_KEY", device.api_key),
+    )
+
+
+def _print_commands(stage: Stage, config: Config, site: Site, device: Held) -> None:
+    stage.verbatim("")
+    stage.heading("Try it from another terminal. Paste these lines first:")
+    stage.verbatim("")
+    for name, value in variables(config, site, device):
+        stage.verbatim(f"export {name}={shlex.quote(value)}")
+    stage.verbatim("")
+    stage.heading("Then, one by one:")
+    for paste in pastes(config.data_dir, _own_command()):
+        stage.verbatim(f"\n# {paste.what}{' (goes on until Ctrl-C)' if paste.endless else ''}")
+        stage.verbatim(paste.command)
+    stage.verbatim(f"\n# the API in a browser: https://{site.host}:{site.port}/docs")
+    stage.verbatim("")
+    stage.heading("Serving. Ctrl-C stops.")
+
+
+def _own_command() -> str:
+    beside = Path(sys.executable).with_name("gatehouse")
+    if not beside.is_file():
+        return "gatehouse"
+    return shlex.quote(str(beside))
+
+
+async def _until_told_to_stop() -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+
+
+async def _site(config: Config, port: int) -> Site:
+    """The tenant, made at the first run, and a token of its administrator."""
+    async with open_registry(config, environ=os.environ) as core:
+        try:
+            tenant = await core.registry.tenants.find(TENANT_SLUG)
+        except NotFound:
+            tenant = await core.registry.tenants.create("Demo", TENANT_SLUG, cli_actor())
+        lifetime = min(TOKEN_LIFETIME, timedelta(seconds=config.security.operator_token_max_seconds))
+        token = sign_token(config, core, tenant, Role.TENANT_ADMIN, frozenset(), lifetime, "demo operator")
+    return Site(_reachable(config.https.host), port, config.data_dir / "ca-chain.pem", token)
+
+
+def _for_demo(config: Config) -> Config:
+    """The built-in CA's certificate, whatever else is configured: the demo's clients trust that CA alone."""
+    return msgspec.structs.replace(config, https=msgspec.structs.replace(config.https, certificate=None, key=None))
+
+
+def _with_free_ports(config: Config) -> tuple[Config, list[str]]:
+    """The configuration with free ports where the configured ones are taken, and what to say about it."""
+    remarks: list[str] = []
+    https, ops = config.https, config.ops
+    if not _is_free(https.host, https.port):
+        remarks.append(f"port {https.port} (https) is in use, so a free one was taken")
+        https = msgspec.structs.replace(https, port=0)
+    if not _is_free(ops.host, ops.port):
+        remarks.append(f"port {ops.port} (ops) is in use, so a free one was taken")
+        ops = msgspec.structs.replace(ops, port=0)
+    return msgspec.structs.replace(config, https=https, ops=ops), remarks
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether somebody could listen there now. What cannot be found out is left to the listener to say."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
+
+
+def _reachable(host: str) -> str:
+    """Where a client on this machine finds a listener of `host`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"
+
+
+@contextmanager
+def _log_file(path: Path, level: str) -> Iterator[None]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with logs.configure(level, descriptor=descriptor):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case KeyError():
+            return f"an answer has no field {error}"
+        case _:
+            return str(error) or type(error).__name__

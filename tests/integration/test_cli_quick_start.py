@@ -1,0 +1,90 @@
+"""README and quick start, word for word: their commands run in order against a server and must do what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    """`gatehouse serve` on the data directory that the README names; the port that its ready line tells."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "edge", "serve", "--data-dir", str(tmp_path / "gatehouse-data")],
+        env=_environment(tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_OPS__PORT="0"),
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "log").open("w"),
+        text=True,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            ready = server.stdout.readline()
+            assert ready, (tmp_path / "log").read_text()
+            yield json.loads(ready)["ready"]["https"]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+            assert server.stdout.read() == ""  # the ready line is all there is
+        finally:
+            server.kill()
+
+
+def _environment(place: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GATEHOUSE_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PATH": f"{place / 'bin'}:{kept['PATH']}", **more}
+
+
+def _blocks(page: str) -> list[str]:
+    return [block for block in BLOCK.findall((ROOT / page).read_text("utf-8")) if "make " not in block]
+
+
+def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, port: int) -> None:
+    bash = shutil.which("bash")
+    if bash is None or shutil.which("curl") is None:
+        pytest.skip("bash and curl are needed")
+    program = tmp_path / "bin" / "gatehouse"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m edge "$@"\n')
+    program.chmod(0o755)
+
+    start, *readme = _blocks("README.md")
+    assert "gatehouse serve" in start
+    blocks = [*readme, *_blocks("docs/quick-start.md")]
+    script = "\n".join(f"{block}\necho '#### end {number}'" for number, block in enumerate(blocks))
+    script = "set -euo pipefail\n" + script.replace("localhost:8443", f"localhost:{port}")
+    done = subprocess.run(
+        [bash, "-c", script], cwd=tmp_path, env=_environment(tmp_path), capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    said = re.split(r"^#### end \d+\n", done.stdout, flags=re.MULTILINE)
+
+    tenant, registered, reported, looked = said[:4]
+    assert json.loads(tenant)["slug"] == "fleet"
+    assert json.loads(registered)["status"] == "registered"
+    assert reported.endswith("202\n")
+    assert '"value":21.5' in looked.replace(" ", "")
+    assert "sessions closed: " in looked
+    assert '"UNAUTHENTICATED"' in looked
+    assert "401\n" in looked
+    assert "auth.refused" in looked
+
+    template, claimed, used, rotated, revoked, timeline, events = said[4:11]
+    assert (template, claimed) == ("", "")
+    assert used == "202\n"
+    assert rotated == "202\n202\n"
+    assert '"devices":1' in revoked.replace(" ", "")
+    assert revoked.endswith("401\n")
+    assert "credential.revoked" in timeline
+    assert '"events"' in events

@@ -275,6 +275,20 @@ async def test_rotating_after_the_new_one_was_revoked_keeps_the_one_in_use(
     assert await living(services, tenant_id, device_id) == {old, second.issued.credential_id}
 
 
+async def test_a_key_issued_by_hand_does_not_end_the_one_in_use(services: Services, tenant_id: TenantId) -> None:
+    device_id, old = await device(services, tenant_id)
+    lost = await rotate(services, tenant_id, device_id)
+    by_hand = await services.credentials.issue_api_key(tenant_id, device_id, "laptop", None, OPERATOR)
+    services.clock.advance(seconds=1)
+
+    second = await rotate(services, tenant_id, device_id)
+
+    left = {old, by_hand.credential_id, second.issued.credential_id}
+    assert await living(services, tenant_id, device_id) == left
+    assert [r.credential_id for r in second.receipts] == [lost.issued.credential_id]
+    assert (await by_id(services, tenant_id, device_id))[second.issued.credential_id].label == "laptop"
+
+
 async def test_many_rotations_at_once_leave_two(services: Services, tenant_id: TenantId) -> None:
     device_id, old = await device(services, tenant_id)
     await asyncio.gather(*(rotate(services, tenant_id, device_id) for _ in range(10)))

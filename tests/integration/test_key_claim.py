@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -20,7 +21,7 @@ from registry.profiles import NewProfile
 from registry.psk import IssuedPsk, seal_context
 from registry.sealing import KeyRing
 from registry.secrets import Secret
-from registry.storage import credentials
+from registry.storage import credentials, templates
 from registry.storage.database import Database
 from registry.templates import NewTemplate, TemplateChanges
 from tests.services import CONTACT, NOON, OPERATOR, Services
@@ -360,25 +361,80 @@ async def test_a_quota_is_never_exceeded_and_lets_its_devices_reclaim(services: 
     assert (again.device_id, again.created) == (made[0].device_id, False)
 
 
-async def test_no_claim_slips_past_a_template_that_is_revoked(services: Services, tenant_id: TenantId) -> None:
+async def blocked(services: Services, task: asyncio.Task[Any]) -> None:
+    """Until `task` waits for a lock in the database, or has ended without."""
+    while not task.done():
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        if await services.rows(waiting):
+            return
+
+
+async def test_revoking_a_batch_waits_for_a_claim_under_way(services: Services, tenant_id: TenantId) -> None:
+    terms, _ = await template(services, tenant_id)
+    async with services.database.transaction() as connection:
+        held = await templates.hold_terms(connection, tenant_id, terms.template_id)
+        assert held is not None
+        revoking = asyncio.create_task(services.templates.revoke_devices(tenant_id, terms.template_id, OPERATOR))
+        await blocked(services, revoking)
+        device_id = uuid4()
+        await connection.execute(
+            """
+            INSERT INTO device (device_id, tenant_id, hardware_id, name, status, anchor_mode, credential_type,
+                                template_id)
+            VALUES ($1, $2, 'HW-1', 'Late', 'registered', 'ANCHOR_MODE_MERKLE_BATCH', 'api_key', $3)
+            """,
+            device_id,
+            tenant_id,
+            terms.template_id,
+        )
+        await connection.execute(
+            "INSERT INTO credential (credential_id, tenant_id, device_id, kind, lookup)"
+            " VALUES ($1, $2, $3, 'api_key', 'x')",
+            uuid4(),
+            tenant_id,
+            device_id,
+        )
+
+    result = await revoking
+
+    assert (result.devices, result.credentials) == (1, 1)
+    assert await services.rows("SELECT 1 FROM credential WHERE revoked_at IS NULL") == []
+
+
+@pytest.mark.parametrize("said", [{}, {"max_claims": 5}, {"one_time": True}])
+async def test_a_claim_waits_for_a_change_under_way_and_obeys_it(
+    services: Services, tenant_id: TenantId, said: dict[str, Any]
+) -> None:
+    terms, request = await template(services, tenant_id, **said)
+    async with services.database.transaction() as connection:
+        held = await templates.lock(connection, tenant_id, terms.template_id)
+        claiming = asyncio.create_task(services.key_claim.claim(request, CONTACT))
+        await blocked(services, claiming)
+        await templates.update(connection, replace(held, status=TemplateStatus.DISABLED))
+
+    with pytest.raises(Refused):
+        await claiming
+
+    assert services.book.reasons == ["template disabled"]
+    assert await services.rows("SELECT 1 FROM device") == []
+
+
+async def test_a_claim_under_way_counts_when_the_template_becomes_one_time(
+    services: Services, tenant_id: TenantId
+) -> None:
     terms, request = await template(services, tenant_id)
+    async with services.database.transaction() as connection:
+        held = await templates.lock(connection, tenant_id, terms.template_id)
+        claims = [
+            asyncio.create_task(services.key_claim.claim(replace(request, hardware_id=f"HW-{n}"), CONTACT))
+            for n in range(5)
+        ]
+        await blocked(services, claims[0])
+        await templates.update(connection, replace(held, one_time=True))
 
-    async def claim_and_wait(n: int) -> None:
-        try:
-            await services.key_claim.claim(replace(request, hardware_id=f"HW-{n}"), CONTACT)
-        except Refused:
-            pass
+    outcomes = await asyncio.gather(*claims, return_exceptions=True)
 
-    claims = [asyncio.create_task(claim_and_wait(n)) for n in range(150)]
-    done, _ = await asyncio.wait(claims, return_when=asyncio.FIRST_COMPLETED)
-    assert done
-    result = await services.templates.revoke_devices(tenant_id, terms.template_id, OPERATOR)
-    await asyncio.gather(*claims)
-
-    assert result.template.status is TemplateStatus.DISABLED
-    living = await services.rows("SELECT 1 FROM credential WHERE revoked_at IS NULL")
-    assert living == []
-    assert result.devices == len(await services.rows("SELECT 1 FROM device"))
+    assert Counter(type(o) for o in outcomes) == {Claimed: 1, Refused: 4}
 
 
 # -- secrecy -----------------------------------------------------------------------------------------------------------

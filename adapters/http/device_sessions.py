@@ -1,0 +1,148 @@
+"""Devices on HTTP connections: the first authenticated request opens a session, the following ones use it.
+
+    request ── key known on this connection, session open ──► used at once, no look-up
+        └───── otherwise: admit ─► sessions.open ─► remembered on the connection
+    connection closed, by whoever ──► sessions.ended for all of them
+    credential revoked ──► the session's closer closes the connection (DESIGN, the funnel, 5)
+
+A connection may carry several devices, as a gateway's HTTP client pools them: one session for each key, at most
+`MAX_PER_CONNECTION`. Ending one of them ends the connection; the others come back by themselves.
+
+What can race: requests that arrive together on a new connection (a lock per connection lets one of them open the
+session), a revocation while the session opens (sessions.py refuses it then), the connection's end meanwhile (the
+session ends when it is there). Without a connection (an ASGI server that is not ours) a session lives as long as its
+request, and nothing else can be closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from adapters.http.authentication import DeviceEvidence
+from registry import secrets
+from registry.core import Registry
+from registry.errors import ResourceExhausted, Unavailable
+from registry.model import Contact
+from registry.sessions import Session
+
+MAX_PER_CONNECTION: Final = 8
+"""Devices on one connection: what a gateway's connection pool mixes, not a way around the sessions' limits."""
+
+
+class Connection(Protocol):
+    """What the server's connection offers here (connection.py)."""
+
+    peer: str
+    closed: bool
+    session: object | None
+
+    @property
+    def peer_certificate_der(self) -> bytes | None: ...
+
+    async def close(self, reason: str) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def add_close_callback(self, callback: Callable[[Any], None], /) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Book:
+    """The sessions of one connection, or of one request without a connection, by the digest of their credential."""
+
+    entries: list[tuple[bytes, Session]] = field(default_factory=list)
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def find(self, digest: bytes) -> Session | None:
+        """The session of a credential, ended or not."""
+        for known, session in self.entries:
+            if secrets.same(known, digest):
+                return session
+        return None
+
+
+class _RequestOnly:
+    """The closer of a session that ends with its request anyway."""
+
+    async def close(self, reason: str) -> None:
+        del reason
+
+    def abort(self) -> None: ...
+
+
+class DeviceSessions:
+    """Finds or opens the session that a request of a device belongs to."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def current(self, connection: Connection, digest: bytes) -> Session | None:
+        """The open session of a credential on its connection, if there is one; cheap. Marks it as active."""
+        book = connection.session
+        if not isinstance(book, Book):
+            return None
+        session = book.find(digest)
+        if session is None or session.closed:
+            return None
+        expires_at = session.identity.expires_at
+        if expires_at is not None and expires_at <= self._registry.clock():
+            return None
+        session.last_active = asyncio.get_running_loop().time()
+        return session
+
+    async def on_connection(self, connection: Connection, evidence: DeviceEvidence, contact: Contact) -> Session:
+        """The session of a credential on a connection, opened if need be.
+
+        Raises Unauthenticated, ResourceExhausted, Unavailable.
+        """
+        session = self.current(connection, evidence.digest)
+        if session is not None:
+            return session
+        book = self._book(connection)
+        async with book.opening:
+            session = self.current(connection, evidence.digest)
+            if session is not None:
+                return session
+            self._forget_ended(book)
+            if len(book.entries) >= MAX_PER_CONNECTION:
+                raise ResourceExhausted(
+                    f"this connection carries {MAX_PER_CONNECTION} devices already; open another one", retry_after=1.0
+                )
+            identity = await self._registry.resolver.admit(evidence.evidence, contact)
+            session = await self._registry.sessions.open(identity, contact, connection)
+            if connection.closed:
+                self._registry.sessions.ended(session)
+                raise Unavailable("the connection was closed meanwhile")
+            book.entries.append((evidence.digest, session))
+            return session
+
+    async def for_request(self, evidence: DeviceEvidence, contact: Contact) -> Session:
+        """A session for one request; the caller ends it with `ended`. Raises as `on_connection`."""
+        identity = await self._registry.resolver.admit(evidence.evidence, contact)
+        return await self._registry.sessions.open(identity, contact, _RequestOnly())
+
+    def ended(self, session: Session) -> None:
+        """End a session of `for_request`."""
+        self._registry.sessions.ended(session)
+
+    def _book(self, connection: Connection) -> Book:
+        book = connection.session
+        if not isinstance(book, Book):
+            connection.session = book = Book()
+            connection.add_close_callback(self._connection_closed)
+        return book
+
+    def _connection_closed(self, connection: Connection) -> None:
+        book = connection.session
+        if not isinstance(book, Book):
+            return
+        for _, session in book.entries:
+            self._registry.sessions.ended(session)
+        book.entries.clear()
+
+    def _forget_ended(self, book: Book) -> None:
+        # An expired one that is not closed yet is closed by the table itself, which records it.
+        book.entries = [entry for entry in book.entries if not entry[1].closed]

@@ -1,0 +1,273 @@
+"""What devices send: uplinks and telemetry, from the bytes of a body to the acknowledgement after the commit.
+
+    server's hot hook ─► handle ──┐                     ┌─► payload ─► Uplinks.submit ─► commit ─► 202 {uplink_id}
+    Litestar's route ─► uplink/telemetry ─► own or child? ┘
+
+Both ways share the methods `uplink` and `telemetry`; the hot way only saves the router and its objects. It takes every
+POST to these two paths, and answers exactly as the other does.
+
+A device sends for itself, or for a child whose `gateway_id` it is. For anything else it gets NOT_FOUND, whether the
+device exists or not. That a child is one's own is read from the database and believed for `CHILD_SECONDS`: so long a
+gateway may still send for a child that was just taken from it.
+
+The body is JSON or CBOR. `Idempotency-Key` is the `message_id` of a telemetry body, which has no room for one. Nothing
+is acknowledged before it is stored; a full queue is UNAVAILABLE with Retry-After.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Final, Protocol
+from uuid import UUID
+
+import msgspec
+from msgspec import Meta
+
+from adapters.cbor import decode_cbor
+from adapters.http.allowances import Allowances
+from adapters.http.answer import Answer, HeaderList
+from adapters.http.authentication import Authentication, DeviceEvidence, presented
+from adapters.http.bodies import CBOR, JSON, decode, media_type, uuid_in_path
+from adapters.http.device_sessions import Connection, DeviceSessions
+from adapters.http.errors import answer_of, invalid_value
+from adapters.http.models import Request
+from adapters.http.operations import BASE
+from adapters.http.tracing import COMMON_HEADERS, correlation_id_of
+from registry.core import Registry
+from registry.errors import NotFound, RegistryError, Unauthenticated
+from registry.model import Contact, DeviceId, DeviceStatus, Json, Transport
+from registry.payloads import (
+    NewUplink,
+    Payload,
+    Source,
+    payload_from_json,
+    payload_from_value,
+    telemetry_from,
+    uplink_from,
+)
+from registry.sessions import Session
+
+CHILD_SECONDS: Final = 5.0
+"""How long a gateway's child is remembered as its own."""
+MAX_CHILDREN: Final = 65_536
+"""Children remembered on a node; about 200 bytes each."""
+
+UPLINK: Final = BASE + "/devices/{device_id}/uplink"
+TELEMETRY: Final = BASE + "/telemetry"
+_UPLINK_PREFIX: Final = BASE + "/devices/"
+_UPLINK_SUFFIX: Final = "/uplink"
+_UPLINK_LENGTH: Final = len(_UPLINK_PREFIX) + 36 + len(_UPLINK_SUFFIX)
+_MEDIA: Final = (JSON, CBOR)
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Observer(Protocol):
+    """Who is told of every answer."""
+
+    def http_answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """`route` is the template, or empty where there is none; `seconds` from the request to its answer."""
+        ...
+
+
+class UplinkBody(Request, frozen=True, kw_only=True):
+    """An uplink. Repeating a `message_id` answers the first one's id and stores nothing."""
+
+    kind: Annotated[str, Meta(pattern="^[a-z][a-z0-9_.-]{0,63}$", examples=["telemetry"])]
+    payload: msgspec.Raw
+    message_id: Annotated[str, Meta(pattern="^[!-~]{1,128}$")] | None = None
+    observed_at: Annotated[datetime, Meta(tz=True)] | None = None
+
+
+class _CborUplink(Request, frozen=True, kw_only=True):
+    """The same with a decoded payload."""
+
+    kind: str
+    payload: Any
+    message_id: str | None = None
+    observed_at: datetime | str | None = None
+
+
+class UplinkAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """It is stored, under this id."""
+
+    uplink_id: UUID
+
+
+@dataclass(slots=True)
+class IntakeCounters:
+    """What became of uplinks, for the metrics."""
+
+    stored: int = 0
+    duplicate: int = 0
+    rejected: int = 0
+
+
+class Intake:
+    """Takes uplinks in. `handle` and `accepts` are the server's hot hook (connection.py)."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        sessions: DeviceSessions,
+        authentication: Authentication,
+        allowances: Allowances,
+        observer: Observer,
+        *,
+        max_payload_bytes: int,
+    ) -> None:
+        self._registry = registry
+        self._sessions = sessions
+        self._authentication = authentication
+        self._allowances = allowances
+        self._observer = observer
+        self._max_payload_bytes = max_payload_bytes
+        self._children: OrderedDict[tuple[DeviceId, DeviceId], float] = OrderedDict()
+        self.counters = IntakeCounters()
+
+    # -- the hot hook ----------------------------------------------------------------------------------------------
+
+    def accepts(self, method: str, path: str) -> bool:
+        """Whether `handle` takes such a request."""
+        return method == "POST" and (
+            path == TELEMETRY
+            or (len(path) == _UPLINK_LENGTH and path.endswith(_UPLINK_SUFFIX) and path.startswith(_UPLINK_PREFIX))
+        )
+
+    def handle(
+        self, connection: Connection, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes
+    ) -> Awaitable[Answer]:
+        """Answer one request."""
+        return self._answered(connection, path, headers, body)
+
+    async def _answered(self, connection: Connection, path: str, headers: Headers, body: bytes) -> Answer:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        correlation_id = correlation_id_of(headers)
+        telemetry = path == TELEMETRY
+        try:
+            session = await self._session(connection, headers, correlation_id)
+            if telemetry:
+                answer = await self.telemetry(session, headers, body)
+            else:
+                device_id = path[len(_UPLINK_PREFIX) : -len(_UPLINK_SUFFIX)]
+                answer = await self.uplink(session, device_id, headers, body)
+        except Exception as error:  # the end of this request, as Litestar's handlers are for theirs
+            answer = answer_of(error, correlation_id)
+        self._observer.http_answered(TELEMETRY if telemetry else UPLINK, "POST", answer.status, loop.time() - began)
+        return Answer(answer.status, answer.body, answer.headers + _common(correlation_id))
+
+    async def _session(self, connection: Connection, headers: Headers, correlation_id: str) -> Session:
+        try:
+            try:
+                credential = presented(headers, connection.peer_certificate_der)
+            except Unauthenticated as refused:
+                self._authentication.refuse(refused.reason, _contact(connection, correlation_id))
+            session = None
+            if isinstance(credential, DeviceEvidence):
+                session = self._sessions.current(connection, credential.digest)
+            if session is None:
+                contact = _contact(connection, correlation_id)
+                evidence = await self._authentication.device_evidence(credential, contact)
+                session = await self._sessions.on_connection(connection, evidence, contact)
+        except Unauthenticated:
+            self._allowances.spend_failure(connection.peer)
+            raise
+        identity = session.identity
+        self._allowances.spend(identity.tenant_id, identity.credential_id, session.last_active)
+        return session
+
+    # -- the operations --------------------------------------------------------------------------------------------
+
+    async def uplink(self, session: Session, device_id: str, headers: Headers, body: bytes) -> Answer:
+        """POST /devices/{device_id}/uplink, for an authenticated device. Raises what the caller should be told."""
+        try:
+            source = await self._source(session, device_id)
+            return await self._stored(self._read_uplink(source, media_type(headers, _MEDIA), body))
+        except RegistryError:
+            self.counters.rejected += 1
+            raise
+
+    async def telemetry(self, session: Session, headers: Headers, body: bytes) -> Answer:
+        """POST /telemetry, for an authenticated device. Raises what the caller should be told."""
+        try:
+            payload = self._payload(media_type(headers, _MEDIA), body)
+            source = Source.of(session.identity, Transport.HTTPS)
+            return await self._stored(telemetry_from(source, payload, message_id=_idempotency_key(headers)))
+        except RegistryError:
+            self.counters.rejected += 1
+            raise
+
+    async def _stored(self, uplink: NewUplink) -> Answer:
+        stored = await self._registry.uplinks.submit(uplink)
+        if stored.duplicate:
+            self.counters.duplicate += 1
+        else:
+            self.counters.stored += 1
+        return Answer(202, b'{"uplink_id":"%b"}' % str(stored.uplink_id).encode())
+
+    def _read_uplink(self, source: Source, media: bytes, body: bytes) -> NewUplink:
+        if media == CBOR:
+            cbor = _converted(decode_cbor(body))
+            payload = payload_from_value(cbor.payload, max_bytes=self._max_payload_bytes)
+            return uplink_from(
+                source, payload, kind=cbor.kind, message_id=cbor.message_id, observed_at=cbor.observed_at
+            )
+        read = decode(body, UplinkBody)
+        payload = payload_from_json(bytes(read.payload), max_bytes=self._max_payload_bytes)
+        return uplink_from(source, payload, kind=read.kind, message_id=read.message_id, observed_at=read.observed_at)
+
+    def _payload(self, media: bytes, body: bytes) -> Payload:
+        if media == CBOR:
+            return payload_from_value(decode_cbor(body), max_bytes=self._max_payload_bytes)
+        return payload_from_json(body, max_bytes=self._max_payload_bytes)
+
+    async def _source(self, session: Session, text: str) -> Source:
+        identity = session.identity
+        if text == str(identity.device_id):
+            return Source.of(identity, Transport.HTTPS)
+        device_id = DeviceId(uuid_in_path(text, "device"))
+        if device_id != identity.device_id:
+            await self._check_child(session, device_id)
+            return Source(identity.tenant_id, device_id, Transport.HTTPS, via=identity.device_id)
+        return Source.of(identity, Transport.HTTPS)
+
+    async def _check_child(self, session: Session, device_id: DeviceId) -> None:
+        """Return if the device is a child of the session's; otherwise raise NotFound."""
+        now = asyncio.get_running_loop().time()
+        key = (session.device_id, device_id)
+        if self._children.get(key, 0.0) > now:
+            return
+        device = await self._registry.devices.get(session.tenant_id, device_id)
+        if device.gateway_id != session.device_id or device.status is DeviceStatus.INACTIVE:
+            raise NotFound("no such device in this tenant")
+        self._children[key] = now + CHILD_SECONDS
+        self._children.move_to_end(key)
+        if len(self._children) > MAX_CHILDREN:
+            self._children.popitem(last=False)
+
+
+def _converted(value: Json) -> _CborUplink:
+    try:
+        return msgspec.convert(value, _CborUplink)
+    except msgspec.ValidationError as error:
+        raise invalid_value(error) from None
+
+
+def _idempotency_key(headers: Headers) -> str | None:
+    for name, value in headers:
+        if name == b"idempotency-key":
+            return value.decode("latin-1")
+    return None
+
+
+def _contact(connection: Connection, correlation_id: str) -> Contact:
+    return Contact(Transport.HTTPS, connection.peer, correlation_id)
+
+
+def _common(correlation_id: str) -> HeaderList:
+    return ((b"x-correlation-id", correlation_id.encode()), *COMMON_HEADERS)

@@ -1,0 +1,232 @@
+"""The OpenAPI 3.1 document, written from the operations (operations.py) and the types that decode and encode them.
+
+Schemas are msgspec's own JSON Schema of those types. What every operation of a kind may answer is said here once: who
+needs a credential may get 401 and 403, who sends a body 400, 413 and 415, who names an object 404, everybody 429, 500
+and 503. Refusals below the API (a request that is no HTTP, 408, 414, 431, 501) have the same shape and no operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, assert_never
+
+import msgspec
+
+from adapters.http.access import ACCESS, Public
+from adapters.http.errors import ErrorBody
+from adapters.http.operations import BASE, Media, Operation, Reply, path_parameters
+from registry.model import Json
+from registry.permissions import Permission
+
+_REF: Final = "#/components/schemas/{name}"
+
+_PATH_PARAMETERS: Final[Mapping[str, Json]] = {
+    "device_id": {"type": "string", "format": "uuid"},
+    "credential_id": {"type": "string", "format": "uuid"},
+    "session_id": {"type": "string", "format": "uuid"},
+    "profile_id": {"type": "string", "minLength": 1},
+    "template_id": {"type": "string", "minLength": 1},
+}
+"""What is no UUID where one belongs names nothing, so it is NOT_FOUND, as any unknown id."""
+
+_REFUSALS: Final[Mapping[int, tuple[str, str, str]]] = {
+    400: ("BadRequest", "INVALID_ARGUMENT, or FAILED_PRECONDITION", "INVALID_ARGUMENT"),
+    401: ("Unauthenticated", "UNAUTHENTICATED, whatever the reason", "UNAUTHENTICATED"),
+    403: ("PermissionDenied", "PERMISSION_DENIED", "PERMISSION_DENIED"),
+    404: ("NotFound", "NOT_FOUND: no such object in the caller's tenant", "NOT_FOUND"),
+    409: ("AlreadyExists", "ALREADY_EXISTS", "ALREADY_EXISTS"),
+    413: ("TooLarge", "INVALID_ARGUMENT: the body is larger than is served", "INVALID_ARGUMENT"),
+    415: ("UnsupportedMediaType", "INVALID_ARGUMENT: the body's type is not served", "INVALID_ARGUMENT"),
+    429: ("TooMany", "RESOURCE_EXHAUSTED: a limit or a quota", "RESOURCE_EXHAUSTED"),
+    500: ("Internal", "INTERNAL: our bug; the correlation id finds it in the log", "INTERNAL"),
+    503: ("Unavailable", "UNAVAILABLE: nothing was done, or nobody knows; try again", "UNAVAILABLE"),
+}
+
+_CORRELATION: Final[Json] = {
+    "description": "Joins the answer with events, audit rows and logs",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{8,64}$"},
+}
+_RETRY_AFTER: Final[Json] = {"description": "Seconds", "schema": {"type": "string", "pattern": "^[1-9][0-9]*$"}}
+
+_SECURITY_SCHEMES: Final[Json] = {
+    "operator": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "EdDSA, aud=gatehouse"},
+    "deviceBearer": {"type": "http", "scheme": "bearer", "bearerFormat": "sk_live_…"},
+    "deviceKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "deviceCertificate": {"type": "mutualTLS", "description": "A registered client certificate of any issuer"},
+}
+
+_TAGS: Final[Sequence[tuple[str, str]]] = (
+    ("Devices", "Registered by hand, read, changed, deleted"),
+    ("Credentials", "Issued, rotated, revoked; secrets are shown once"),
+    ("Profiles", "What devices of one type have in common"),
+    ("Provisioning", "Templates, and the claim of a device off the line"),
+    ("Uplinks", "What devices send, and what they have sent"),
+    ("Sessions", "Who is connected"),
+    ("Events", "What happened, and who did it"),
+    ("Certificates", "The built-in certificate authority"),
+)
+
+
+def document(operations: Iterable[Operation], *, base: str = BASE) -> dict[str, Json]:
+    """The document of these operations."""
+    listed = list(operations)
+    types = _Types(listed)
+    paths: dict[str, dict[str, Json]] = {}
+    for each in listed:
+        paths.setdefault(base + each.path, {})[each.method.lower()] = _operation(each, types)
+    for path, item in paths.items():
+        names = path_parameters(path)
+        if names:
+            item["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": _PATH_PARAMETERS[name]} for name in names
+            ]
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Gatehouse",
+            "version": "1",
+            "description": "An IoT edge server that owns device identity. Every error is "
+            '`{"code", "message", "correlation_id"}`; a method that a path does not serve is 405 with `Allow`. '
+            "An `X-Correlation-ID` of 8 to 64 characters of A-Z a-z 0-9 _ - is taken over and sent back. "
+            "The tenant is always the credential's; a body that names one has an unknown field.",
+        },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name, "description": description} for name, description in _TAGS],
+        "paths": paths,
+        "components": {
+            "schemas": types.schemas,
+            "responses": {name: _refusal(status, types) for status, (name, _, _) in _REFUSALS.items()},
+            "headers": {"X-Correlation-ID": _CORRELATION, "Retry-After": _RETRY_AFTER},
+            "securitySchemes": _SECURITY_SCHEMES,
+        },
+    }
+
+
+class _Types:
+    """The schemas of all types, each said once."""
+
+    def __init__(self, operations: list[Operation]) -> None:
+        queries = {each.query for each in operations if each.query is not None}
+        bodies: list[Any] = [ErrorBody]
+        for each in operations:
+            bodies += [each.body] if isinstance(each.body, type) else []
+            bodies += [r.body for r in each.replies.values() if r.body is not None and not isinstance(r.body, Media)]
+        wanted = list(dict.fromkeys([*bodies, *sorted(queries, key=lambda q: q.__name__)]))
+        found, components = msgspec.json.schema_components(wanted, ref_template=_REF)
+        self._found = dict(zip(wanted, found, strict=True))
+        self._queries = {query: components.pop(self._name(query)) for query in queries}
+        self.schemas: dict[str, Json] = components
+
+    def schema(self, body: Any) -> Json:
+        """The schema of a body's type."""
+        return body.schema if isinstance(body, Media) else self._found[body]
+
+    def parameters(self, query: type) -> list[Json]:
+        """The parameters of a query's type."""
+        described: list[Json] = []
+        for name, schema in self._queries[query]["properties"].items():
+            kept = {k: v for k, v in schema.items() if k != "description"}
+            parameter = {"name": name, "in": "query", "required": False, "schema": kept}
+            if "description" in schema:
+                parameter["description"] = schema["description"]
+            described.append(parameter)
+        return described
+
+    def _name(self, body: type) -> str:
+        return str(self._found[body]["$ref"]).rpartition("/")[2]
+
+
+def _operation(each: Operation, types: _Types) -> dict[str, Json]:
+    described: dict[str, Json] = {
+        "operationId": each.operation_id,
+        "summary": each.summary,
+        "tags": [each.tag],
+        "security": _security(each),
+        "responses": {str(status): _reply(reply, types) for status, reply in sorted(each.replies.items())},
+    }
+    if each.description or isinstance(ACCESS.get(each.operation_id), Permission):
+        described["description"] = _description(each)
+    parameters = [] if each.query is None else types.parameters(each.query)
+    parameters += [
+        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+        for name, text in each.headers.items()
+    ]
+    if parameters:
+        described["parameters"] = parameters
+    if each.body is not None:
+        described["requestBody"] = _request_body(each, types)
+    for status in _refusals(each):
+        described["responses"][str(status)] = {"$ref": f"#/components/responses/{_REFUSALS[status][0]}"}
+    return described
+
+
+def _description(each: Operation) -> str:
+    access = ACCESS.get(each.operation_id)
+    needs = f"Needs the permission `{access.value}`." if isinstance(access, Permission) else ""
+    return " ".join(part for part in (each.description, needs) if part)
+
+
+def _request_body(each: Operation, types: _Types) -> Json:
+    content: dict[str, Json] = {}
+    for media in each.body_media:
+        content[media] = {"schema": types.schema(each.body)}
+        if each.body_example is not None and media == "application/json":
+            content[media]["example"] = each.body_example
+    return {"required": each.body_required, "content": content}
+
+
+def _reply(reply: Reply, types: _Types) -> Json:
+    described: dict[str, Json] = {
+        "description": reply.description,
+        "headers": {"X-Correlation-ID": {"$ref": "#/components/headers/X-Correlation-ID"}},
+    }
+    if reply.body is None:
+        return described
+    media = reply.body.media_type if isinstance(reply.body, Media) else "application/json"
+    content: dict[str, Json] = {"schema": types.schema(reply.body)}
+    if reply.example is not None:
+        content["example"] = reply.example
+    return described | {"content": {media: content}}
+
+
+def _refusals(each: Operation) -> list[int]:
+    statuses = {400, 429, 500, 503, *each.refusals}
+    match ACCESS.get(each.operation_id):
+        case Permission() | Public.DEVICE:
+            statuses |= {401, 403}
+        case Public.OPEN | None:
+            pass
+        case unknown:
+            assert_never(unknown)
+    if each.body is not None:
+        statuses |= {413, 415}
+    if path_parameters(each.path):
+        statuses.add(404)
+    return sorted(statuses)
+
+
+def _refusal(status: int, types: _Types) -> Json:
+    _, description, code = _REFUSALS[status]
+    headers: dict[str, Json] = {"X-Correlation-ID": {"$ref": "#/components/headers/X-Correlation-ID"}}
+    if status in (429, 503):
+        headers["Retry-After"] = {"$ref": "#/components/headers/Retry-After"}
+    if status == 401:
+        headers["WWW-Authenticate"] = {"schema": {"type": "string"}}
+    example = {"code": code, "message": "…", "correlation_id": "6f0d2c3b5a7e4c1d9b8a7f6e5d4c3b2a"}
+    return {
+        "description": description,
+        "headers": headers,
+        "content": {"application/json": {"schema": types.schema(ErrorBody), "example": example}},
+    }
+
+
+def _security(each: Operation) -> Json:
+    match ACCESS.get(each.operation_id):
+        case Permission():
+            return [{"operator": []}]
+        case Public.DEVICE:
+            return [{"deviceBearer": []}, {"deviceKey": []}, {"deviceCertificate": []}]
+        case Public.OPEN | None:
+            return []
+        case unknown:
+            assert_never(unknown)

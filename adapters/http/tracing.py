@@ -1,0 +1,31 @@
+"""The id that joins a request with its answer, its events, its audit rows and its log lines; what every answer says.
+
+A client may bring its own id as `X-Correlation-ID`: 8 to 64 of A–Z a–z 0–9 _ and -, anything else is ignored, because
+the id goes into logs and events. Otherwise it is a fresh UUID's 32 hexadecimal digits. It comes back in the header of
+that name and in every error's body.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+from uuid import uuid4
+
+HEADER: Final = b"x-correlation-id"
+
+COMMON_HEADERS: Final[tuple[tuple[bytes, bytes], ...]] = (
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+)
+"""Answers are about one caller, some hold a secret that is shown once, and none is to be taken for another type."""
+
+_OWN: Final = re.compile(rb"[A-Za-z0-9_-]{8,64}")
+
+
+def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The client's id if it has an acceptable one, or a new one."""
+    for name, value in headers:
+        if name == HEADER and _OWN.fullmatch(value) is not None:
+            return value.decode()
+    return uuid4().hex

@@ -197,13 +197,13 @@ async def list_devices(config: Config, query: DeviceQuery, *, as_json: bool) -> 
     if as_json:
         show_json({"devices": [document(device) for _, device in found], "more": more})
         return
+    several = len({tenant.tenant_id for tenant, _ in found}) > 1
     columns = (
         Column("DEVICE ID", whole=True),
-        Column("TENANT"),
+        *((Column("TENANT"),) if several else ()),
         Column("NAME"),
         Column("HARDWARE ID"),
         Column("STATUS", whole=True),
-        Column("CREDENTIAL"),
         Column("LAST SEEN"),
     )
     show_table(
@@ -211,11 +211,10 @@ async def list_devices(config: Config, query: DeviceQuery, *, as_json: bool) -> 
         (
             (
                 device.device_id,
-                tenant.slug,
+                *((tenant.slug,) if several else ()),
                 device.name,
                 device.hardware_id,
                 device.status.value,
-                device.credential_type.value,
                 shown_time(device.last_seen_at),
             )
             for tenant, device in found
@@ -238,12 +237,11 @@ async def show_device(config: Config, device_id: str, tenant: str | None, *, as_
     show_text("")
     columns = (
         Column("CREDENTIAL ID", whole=True),
-        Column("TYPE"),
+        Column("TYPE", whole=True),
         Column("STATE", whole=True),
-        Column("LABEL"),
-        Column("CREATED"),
         Column("EXPIRES"),
         Column("FIRST USED"),
+        Column("LABEL"),
     )
     show_table(
         columns,
@@ -252,10 +250,9 @@ async def show_device(config: Config, device_id: str, tenant: str | None, *, as_
                 each.credential_id,
                 each.kind.value,
                 _state(each, now),
-                each.label,
-                shown_time(each.created_at),
                 shown_time(each.expires_at),
                 shown_time(each.first_used_at),
+                each.label,
             )
             for each in credentials
         ),

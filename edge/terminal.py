@@ -26,7 +26,7 @@ UNFOLDED = 4000
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table. What is `whole` (an id, to be copied) is never cut; the others give way."""
+    """A column of a table. What is `whole` (an id, to be copied) stays on its line; the others give way and fold."""
 
     title: str
     whole: bool = False
@@ -50,7 +50,7 @@ def show_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> N
     table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         widest = max((len(row[position]) for row in cells), default=0) if column.whole else None
-        table.add_column(column.title, no_wrap=True, overflow="ellipsis", min_width=widest)
+        table.add_column(column.title, no_wrap=column.whole, overflow="fold", min_width=widest)
     for row in cells:
         table.add_row(*(Text(text) for text in row))
     console().print(table)

@@ -479,6 +479,29 @@ async def test_renegotiation_is_dropped_and_counted() -> None:
 
 
 @on_both_loops
+async def test_key_updates_are_answered_without_waiting_for_the_application() -> None:
+    async with serving() as service:
+        peer = await asyncio.create_subprocess_exec(
+            *("openssl", "s_client", "-connect", f"127.0.0.1:{service.port}", "-tls1_3"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert peer.stdin is not None
+        assert peer.stdout is not None
+        assert peer.stderr is not None
+        async with asyncio.timeout(10):
+            await eventually(lambda: service.protocols)
+            peer.stdin.write(b"K\n")  # update, and ask for an update in return (RFC 8446 §4.6.3)
+            await peer.stderr.readuntil(b"KEYUPDATE\n")
+            peer.stdin.write(b"new keys\n")
+            await peer.stdout.readuntil(b"new keys\n")
+            peer.stdin.close()
+            await peer.wait()
+        assert not any(name.startswith("dropped") for name in service.counted())
+
+
+@on_both_loops
 async def test_corrupted_records_drop_the_connection_only() -> None:
     async with serving() as service:
         _, writer = await connect(service.port, client_context(SERVER))

@@ -66,6 +66,8 @@ DEVICES_AT_ONCE = 100
 """Devices in one transaction of `revoke_devices`: some milliseconds of locks."""
 RECEIPTS_AWAITED = 1000
 """Credentials whose sessions `revoke_devices` waits for; the feed closes the others' sessions just the same."""
+SESSIONS_NAMED = 1000
+"""Closed sessions in one answer; more is for `GET /events`."""
 RECEIPTS_AT_ONCE = 16
 RECEIPTS_SECONDS = 10.0
 """How long the operator waits for all of those receipts together."""
@@ -114,8 +116,9 @@ class TemplateChanges:
 class RevokedDevices:
     """What `revoke_devices` did: over how many devices, how many credentials it ended and which sessions it closed.
 
-    `remaining` counts the sessions that no node has confirmed as closed, `unconfirmed` the credentials whose receipts
-    were not awaited because there were too many or it took too long: every node closes their sessions all the same.
+    `sessions` names the first thousand; `closed` counts all; `remaining` those that no node has confirmed as closed.
+    `unconfirmed` counts the credentials whose receipts were not awaited, because there were too many or it took too
+    long: every node closes their sessions all the same.
     """
 
     template: Template
@@ -123,8 +126,9 @@ class RevokedDevices:
     credentials: int
     revoked_at: datetime
     sessions: list[ClosedSession]
+    closed: int
     remaining: int
-    unconfirmed: int
+    unconfirmed: int = 0
 
 
 class Templates:
@@ -247,12 +251,14 @@ class Templates:
                 break
             last = chunk[-1]
         receipts = await self._receipts(awaited)
+        sessions = [session for receipt in receipts for session in receipt.sessions]
         return RevokedDevices(
             template=template,
             devices=seen,
             credentials=revoked,
             revoked_at=now,
-            sessions=[session for receipt in receipts for session in receipt.sessions],
+            sessions=sessions[:SESSIONS_NAMED],
+            closed=len(sessions),
             remaining=sum(receipt.remaining for receipt in receipts),
             unconfirmed=revoked - len(receipts),
         )

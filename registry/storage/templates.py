@@ -42,6 +42,9 @@ _TERMS = """
     p.tags AS profile_tags, p.config AS profile_config, p.anchor_mode AS profile_anchor_mode
 """
 
+_NOBODY = UUID(int=0)
+"""No tenant has this id: theirs are random (RFC 9562 §5.9 calls it the nil UUID)."""
+
 _PROFILE = "device_profile p ON p.tenant_id = t.tenant_id AND p.profile_id = t.profile_id"
 
 
@@ -196,23 +199,26 @@ async def delete(connection: Connection, tenant_id: TenantId, template_id: str) 
 async def for_claim(
     connection: Connection, key_hash: bytes, hardware_id: str
 ) -> tuple[ClaimTerms, ClaimedBefore | None] | None:
-    """The template of a key and the device of its tenant with this hardware_id; one look-up for every kind of key.
+    """The template of a key and the device of its tenant with this hardware_id.
 
-    The tenant is not known yet: the key says which it is.
+    The tenant is not known yet: the key says which it is. A key that nobody has is looked up in the same tables, under
+    a tenant that nobody is, so that the time of the answer does not tell whether there is such a key.
     """
     row = await connection.fetchrow(
         f"""
         SELECT {_TERMS}, d.device_id, d.template_id AS device_template_id, d.credential_type AS device_credential_type,
                d.status AS device_status
-        FROM provisioning_template t
-        LEFT JOIN {_PROFILE}
-        LEFT JOIN device d ON d.tenant_id = t.tenant_id AND d.hardware_id = $2
-        WHERE t.key_hash = $1
+        FROM (VALUES ($1::bytea)) AS wanted (key_hash)
+        LEFT JOIN provisioning_template t ON t.key_hash = wanted.key_hash
+        LEFT JOIN device_profile p
+            ON p.tenant_id = coalesce(t.tenant_id, $3) AND p.profile_id = coalesce(t.profile_id, '')
+        LEFT JOIN device d ON d.tenant_id = coalesce(t.tenant_id, $3) AND d.hardware_id = $2
         """,  # noqa: S608  # the columns are a constant of this file
         key_hash,
         hardware_id,
+        _NOBODY,
     )
-    if row is None:
+    if row is None or row["template_id"] is None:
         return None
     return _terms(row), _claimed_before(row) if row["device_id"] else None
 

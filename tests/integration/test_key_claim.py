@@ -402,21 +402,30 @@ async def test_revoking_a_batch_waits_for_a_claim_under_way(services: Services, 
 
 
 @pytest.mark.parametrize("said", [{}, {"max_claims": 5}, {"one_time": True}])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"status": TemplateStatus.DISABLED}, "template disabled"),
+        ({"expires_at": NOON}, "template expired"),
+        ({"hardware_id_pattern": "ZZ"}, "hardware_id outside the pattern"),
+    ],
+)
 async def test_a_claim_waits_for_a_change_under_way_and_obeys_it(
-    services: Services, tenant_id: TenantId, said: dict[str, Any]
+    services: Services, tenant_id: TenantId, said: dict[str, Any], change: dict[str, Any], reason: str
 ) -> None:
     terms, request = await template(services, tenant_id, **said)
     async with services.database.transaction() as connection:
         held = await templates.lock(connection, tenant_id, terms.template_id)
         claiming = asyncio.create_task(services.key_claim.claim(request, CONTACT))
         await blocked(services, claiming)
-        await templates.update(connection, replace(held, status=TemplateStatus.DISABLED))
+        await templates.update(connection, replace(held, **change))
 
     with pytest.raises(Refused):
         await claiming
 
-    assert services.book.reasons == ["template disabled"]
+    assert services.book.reasons == [reason]
     assert await services.rows("SELECT 1 FROM device") == []
+    assert (await services.templates.get(tenant_id, terms.template_id)).claims == 0
 
 
 async def test_a_claim_under_way_counts_when_the_template_becomes_one_time(

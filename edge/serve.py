@@ -52,6 +52,8 @@ from registry.trust import WrongKeyRing, open_trust
 log = logging.getLogger(__name__)
 
 RETENTION_SECONDS = 3600.0
+TICKET_KEY_SECONDS = 86_400.0
+"""Ticket keys live as long as a TLS context; who steals one may read what was resumed with it, for a day at most."""
 PROBE_SECONDS = 1.0
 """How often the database is asked whether it answers, for readiness."""
 DATABASE_WAIT_SECONDS = 60.0
@@ -343,13 +345,16 @@ def _raise_file_limit() -> None:
 
 
 async def _renew(certificate: ServerCertificate, context: TlsContext) -> None:
+    loop = asyncio.get_running_loop()
+    replaced = loop.time()
     while True:
         await asyncio.sleep(CHECK_SECONDS)
-        if not certificate.due():
+        if not certificate.due() and loop.time() - replaced < TICKET_KEY_SECONDS:
             continue
         try:
             context.replace(certificate.load())
-            log.info("certificate.renewed", extra={"fields": {}})
+            replaced = loop.time()
+            log.info("certificate.replaced", extra={"fields": {}})
         except (CertificateProblem, ValueError) as error:
             log.error("certificate.unusable", extra={"fields": {"reason": str(error)}})
 

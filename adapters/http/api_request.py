@@ -199,8 +199,6 @@ async def _authenticate(request: ApiRequest, access: Public | Permission) -> Non
     cast(Any, request.scope)[SESSION] = session
 
 
-def answer(status: int, body: msgspec.Struct | None = None) -> Response[bytes]:
-    """An answer whose JSON is `body`; an empty one without."""
-    if body is None:
-        return Response(b"", status_code=status, media_type="")
+def answer(status: int, body: msgspec.Struct) -> Response[bytes]:
+    """An answer whose JSON is `body`."""
     return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")

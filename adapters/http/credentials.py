@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated, Final
 from uuid import UUID
 
+from litestar.params import FromPath
 from litestar.response import Response
 from msgspec import Meta
 
@@ -142,7 +143,7 @@ def credential_body(credential: Credential) -> CredentialBody:
         description="FAILED_PRECONDITION (400) for a device of another credential type.",
     )
 )
-async def create_api_key(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def create_api_key(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """POST /devices/{device_id}/api-keys"""
     key = device_id_in(device_id)
     wanted = await request.decoded_or(ApiKeyCreation())
@@ -177,7 +178,7 @@ async def create_api_key(request: ApiRequest, device_id: str) -> Response[bytes]
         description="FAILED_PRECONDITION (400) for a device of another credential type.",
     )
 )
-async def create_psk(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def create_psk(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """POST /devices/{device_id}/psk"""
     key = device_id_in(device_id)
     assignment = (await request.decoded_or(PskChoice())).assignment()
@@ -197,7 +198,7 @@ async def create_psk(request: ApiRequest, device_id: str) -> Response[bytes]:
         query=PageQuery,
     )
 )
-async def list_credentials(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def list_credentials(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """GET /devices/{device_id}/credentials"""
     page = request.asked(PageQuery).page()
     found = await request.registry.credentials.list(request.operator.tenant_id, device_id_in(device_id), page)
@@ -219,7 +220,7 @@ async def list_credentials(request: ApiRequest, device_id: str) -> Response[byte
         refusals=(409,),
     )
 )
-async def rotate_credential(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def rotate_credential(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """POST /devices/{device_id}/credentials/rotate"""
     key = device_id_in(device_id)
     wanted = await request.decoded_or(Rotation())
@@ -256,7 +257,9 @@ async def rotate_credential(request: ApiRequest, device_id: str) -> Response[byt
         description="Revoking again answers the first `revoked_at` and no sessions.",
     )
 )
-async def revoke_credential(request: ApiRequest, device_id: str, credential_id: str) -> Response[bytes]:
+async def revoke_credential(
+    request: ApiRequest, device_id: FromPath[str], credential_id: FromPath[str]
+) -> Response[bytes]:
     """DELETE /devices/{device_id}/credentials/{credential_id}"""
     operator = request.operator
     receipt = await request.registry.credentials.revoke(

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
 
+from litestar.params import FromPath
 from litestar.response import Response
 from msgspec import UNSET, Meta, UnsetType, field
 
@@ -18,10 +19,10 @@ from adapters.http.models import (
     Document,
     GroupNames,
     HardwareIdText,
-    Issued,
     Name,
     PageQuery,
     ProfileIdText,
+    Psk,
     PskChoice,
     ReceiptBody,
     Request,
@@ -170,8 +171,15 @@ class DeviceBody(Answer, frozen=True, kw_only=True):
     last_seen_at: datetime | None
 
 
-class RegisteredDevice(DeviceBody, Issued, frozen=True, kw_only=True):
-    """A new device's record with its credential, which is shown this once."""
+class RegisteredDevice(DeviceBody, frozen=True, kw_only=True):
+    """A new device's record with its credential, which is shown this once; only the parts of its type are present."""
+
+    credential_id: UUID | UnsetType = UNSET
+    api_key: Annotated[str, Meta(examples=["sk_live_Zr8K2mQx..."])] | UnsetType = UNSET
+    psk: Psk | UnsetType = UNSET
+    certificate: str | UnsetType = UNSET
+    ca_chain: str | UnsetType = UNSET
+    not_after: datetime | UnsetType = UNSET
 
 
 class UpdatedDevice(DeviceBody, frozen=True, kw_only=True):
@@ -343,7 +351,7 @@ async def summarize_devices(request: ApiRequest) -> Response[bytes]:
         {200: Reply("The device", DeviceBody, _EXAMPLE_DEVICE)},
     )
 )
-async def get_device(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def get_device(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """GET /devices/{device_id}"""
     device = await request.registry.devices.get(request.operator.tenant_id, device_id_in(device_id))
     return answer(200, device_body(device))
@@ -364,7 +372,7 @@ async def get_device(request: ApiRequest, device_id: str) -> Response[bytes]:
         "sessions as a revocation does.",
     )
 )
-async def update_device(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def update_device(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """PUT /devices/{device_id}"""
     key = device_id_in(device_id)
     changes = (await request.decoded(DeviceUpdate)).changes()
@@ -384,7 +392,7 @@ async def update_device(request: ApiRequest, device_id: str) -> Response[bytes]:
         {200: Reply("What ended", ReceiptBody)},
     )
 )
-async def delete_device(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def delete_device(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """DELETE /devices/{device_id}"""
     operator = request.operator
     receipt = await request.registry.devices.delete(operator.tenant_id, device_id_in(device_id), operator.actor)
@@ -402,7 +410,7 @@ async def delete_device(request: ApiRequest, device_id: str) -> Response[bytes]:
         query=PageQuery,
     )
 )
-async def get_device_timeline(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def get_device_timeline(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """GET /devices/{device_id}/timeline"""
     key, tenant_id = device_id_in(device_id), request.operator.tenant_id
     page = request.asked(PageQuery).page()

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 from litestar.response import Response
 
 from adapters.http.api_request import ApiRequest
@@ -70,7 +71,7 @@ def routes(openapi: dict[str, Any]) -> tuple[HTTPRouteHandler, ...]:
         return _shown(_PAGE, "text/html; charset=utf-8")
 
     @HTTPRouteHandler("/docs/{name:str}", http_method="GET", operation_id="GetDocsAsset", include_in_schema=False)
-    async def get_asset(request: ApiRequest, name: str) -> Response[bytes]:
+    async def get_asset(request: ApiRequest, name: FromPath[str]) -> Response[bytes]:
         if name == "start.js":
             return _shown(_START, "text/javascript; charset=utf-8")
         if name not in _ASSETS:

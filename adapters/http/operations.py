@@ -72,6 +72,7 @@ def operation(operation: Operation) -> Callable[[Handler], HTTPRouteHandler]:
     return HTTPRouteHandler(
         path,
         http_method=operation.method,
+        status_code=min(operation.replies),
         operation_id=operation.operation_id,
         opt={"operation": operation},
         include_in_schema=False,

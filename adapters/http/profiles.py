@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated, Final
 from uuid import UUID
 
+from litestar.params import FromPath
 from litestar.response import Response
 from msgspec import UNSET, Meta, UnsetType, field
 
@@ -178,7 +179,7 @@ async def list_profiles(request: ApiRequest) -> Response[bytes]:
         {200: Reply("The profile", ProfileBody)},
     )
 )
-async def get_profile(request: ApiRequest, profile_id: str) -> Response[bytes]:
+async def get_profile(request: ApiRequest, profile_id: FromPath[str]) -> Response[bytes]:
     """GET /profiles/{profile_id}"""
     return answer(200, profile_body(await request.registry.profiles.get(request.operator.tenant_id, profile_id)))
 
@@ -196,7 +197,7 @@ async def get_profile(request: ApiRequest, profile_id: str) -> Response[bytes]:
         description="Devices that exist keep what they took from the profile when they were made.",
     )
 )
-async def update_profile(request: ApiRequest, profile_id: str) -> Response[bytes]:
+async def update_profile(request: ApiRequest, profile_id: FromPath[str]) -> Response[bytes]:
     """PUT /profiles/{profile_id}"""
     changes = (await request.decoded(ProfileUpdate)).changes()
     operator = request.operator
@@ -215,11 +216,10 @@ async def update_profile(request: ApiRequest, profile_id: str) -> Response[bytes
         description="FAILED_PRECONDITION (400) while devices or templates use it.",
     )
 )
-async def delete_profile(request: ApiRequest, profile_id: str) -> Response[bytes]:
+async def delete_profile(request: ApiRequest, profile_id: FromPath[str]) -> None:
     """DELETE /profiles/{profile_id}"""
     operator = request.operator
     await request.registry.profiles.delete(operator.tenant_id, profile_id, operator.actor)
-    return answer(204)
 
 
 ROUTES: Final = (create_profile, list_profiles, get_profile, update_profile, delete_profile)

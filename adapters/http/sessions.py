@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Annotated, Final
 from uuid import UUID
 
+from litestar.params import FromPath
 from litestar.response import Response
 from msgspec import Meta
 
@@ -80,7 +81,7 @@ async def list_sessions(request: ApiRequest) -> Response[bytes]:
         {200: Reply("What ended", ReceiptBody)},
     )
 )
-async def kick_session(request: ApiRequest, session_id: str) -> Response[bytes]:
+async def kick_session(request: ApiRequest, session_id: FromPath[str]) -> Response[bytes]:
     """DELETE /sessions/{session_id}"""
     operator = request.operator
     key = SessionId(uuid_in_path(session_id, "live session"))

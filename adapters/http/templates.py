@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
 
+from litestar.params import FromPath
 from litestar.response import Response
 from msgspec import UNSET, Meta, UnsetType, field
 
@@ -226,7 +227,7 @@ async def list_templates(request: ApiRequest) -> Response[bytes]:
         {200: Reply("The template", TemplateBody)},
     )
 )
-async def get_template(request: ApiRequest, template_id: str) -> Response[bytes]:
+async def get_template(request: ApiRequest, template_id: FromPath[str]) -> Response[bytes]:
     """GET /provisioning/templates/{template_id}"""
     return answer(200, template_body(await request.registry.templates.get(request.operator.tenant_id, template_id)))
 
@@ -243,7 +244,7 @@ async def get_template(request: ApiRequest, template_id: str) -> Response[bytes]
         body_example={"status": "disabled"},
     )
 )
-async def update_template(request: ApiRequest, template_id: str) -> Response[bytes]:
+async def update_template(request: ApiRequest, template_id: FromPath[str]) -> Response[bytes]:
     """PUT /provisioning/templates/{template_id}"""
     changes = (await request.decoded(TemplateUpdate)).changes()
     operator = request.operator
@@ -261,11 +262,10 @@ async def update_template(request: ApiRequest, template_id: str) -> Response[byt
         {204: Reply("It is deleted; its key is unknown from now on")},
     )
 )
-async def delete_template(request: ApiRequest, template_id: str) -> Response[bytes]:
+async def delete_template(request: ApiRequest, template_id: FromPath[str]) -> None:
     """DELETE /provisioning/templates/{template_id}"""
     operator = request.operator
     await request.registry.templates.delete(operator.tenant_id, template_id, operator.actor)
-    return answer(204)
 
 
 @operation(
@@ -279,7 +279,7 @@ async def delete_template(request: ApiRequest, template_id: str) -> Response[byt
         query=PageQuery,
     )
 )
-async def list_template_devices(request: ApiRequest, template_id: str) -> Response[bytes]:
+async def list_template_devices(request: ApiRequest, template_id: FromPath[str]) -> Response[bytes]:
     """GET /provisioning/templates/{template_id}/devices"""
     page = request.asked(PageQuery).page()
     found = await request.registry.templates.devices(request.operator.tenant_id, template_id, page)
@@ -297,7 +297,7 @@ async def list_template_devices(request: ApiRequest, template_id: str) -> Respon
         description="Takes no body. If it fails half-way, calling it again goes on.",
     )
 )
-async def revoke_template_devices(request: ApiRequest, template_id: str) -> Response[bytes]:
+async def revoke_template_devices(request: ApiRequest, template_id: FromPath[str]) -> Response[bytes]:
     """POST /provisioning/templates/{template_id}/revoke-devices"""
     operator = request.operator
     done = await request.registry.templates.revoke_devices(operator.tenant_id, template_id, operator.actor)

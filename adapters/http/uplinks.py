@@ -8,6 +8,7 @@ from typing import Annotated, Final
 from uuid import UUID
 
 import msgspec
+from litestar.params import FromPath
 from litestar.response import Response
 from msgspec import UNSET, Meta, UnsetType
 
@@ -121,7 +122,7 @@ _MEDIA: Final = ("application/json", "application/cbor")
         description="Answered after the commit. Repeating a `message_id` is safe and answers the first one's id.",
     )
 )
-async def send_uplink(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def send_uplink(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """POST /devices/{device_id}/uplink"""
     body = await request.body()
     return _response(
@@ -161,7 +162,7 @@ async def send_telemetry(request: ApiRequest) -> Response[bytes]:
         query=UplinkQuery,
     )
 )
-async def list_uplinks(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def list_uplinks(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """GET /devices/{device_id}/uplinks"""
     key, tenant_id = device_id_in(device_id), request.operator.tenant_id
     query = request.asked(UplinkQuery)
@@ -201,7 +202,7 @@ async def list_uplinks(request: ApiRequest, device_id: str) -> Response[bytes]:
         query=ReadingQuery,
     )
 )
-async def list_readings(request: ApiRequest, device_id: str) -> Response[bytes]:
+async def list_readings(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """GET /devices/{device_id}/readings"""
     key, tenant_id = device_id_in(device_id), request.operator.tenant_id
     query = request.asked(ReadingQuery)

@@ -111,10 +111,9 @@ class KeyRing:
 
     def seal(self, value: Secret[bytes], context: SealContext) -> bytes:
         """The value, readable again only with this ring and this context."""
-        key_id = self._active.encode()
         nonce = self._random(NONCE_BYTES)
         sealed = AESGCM(self._keys[self._active].reveal()).encrypt(nonce, value.reveal(), context.associated_data())
-        return bytes((_FORMAT, len(key_id))) + key_id + nonce + sealed
+        return key_prefix(self._active) + nonce + sealed
 
     def open(self, sealed: bytes, context: SealContext) -> Secret[bytes]:
         """The value that was sealed in this context. Raises SealBroken, always with the same few words."""
@@ -179,6 +178,11 @@ class KeyRing:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise KeyRingError('not a key ring: {"active": ID, "keys": {ID: base64 of 32 bytes}} is expected') from None
         return cls(keys, active, random, read_again)
+
+
+def key_prefix(key_id: str) -> bytes:
+    """How every value begins that is sealed under this key."""
+    return bytes((_FORMAT, len(key_id.encode()))) + key_id.encode()
 
 
 def load_or_create(path: Path) -> KeyRing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from asyncpg import Record
@@ -26,7 +28,10 @@ async def canary(connection: Connection) -> bytes | None:
 async def put_canary(connection: Connection, sealed: bytes) -> None:
     """Keep the sealed value; replaces the one of before."""
     await connection.execute(
-        "INSERT INTO key_ring_canary (sealed) VALUES ($1) ON CONFLICT (only_row) DO UPDATE SET sealed = EXCLUDED.sealed",
+        """
+        INSERT INTO key_ring_canary (sealed) VALUES ($1)
+        ON CONFLICT (only_row) DO UPDATE SET sealed = EXCLUDED.sealed
+        """,
         sealed,
     )
 
@@ -80,3 +85,123 @@ async def insert_authority(
         sealed_key,
         active,
     )
+
+
+async def authority_marks(connection: Connection) -> frozenset[tuple[UUID, bool]]:
+    """Which authorities there are and which are active: another answer than before means that keys must be read."""
+    rows = await connection.fetch("SELECT authority_id, active FROM authority")
+    return frozenset((row["authority_id"], row["active"]) for row in rows)
+
+
+async def retire_issuing(connection: Connection) -> None:
+    """Make no issuing authority the active one; another takes its place in the same transaction."""
+    await connection.execute("UPDATE authority SET active = false WHERE kind = 'issuing' AND active")
+
+
+# -- sealed values -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SealedValue:
+    """A sealed column of one row: `key` finds the row, `owner` and `version` are what the seal is bound to besides."""
+
+    key: str
+    owner: str
+    version: int
+    sealed: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SealedColumn:
+    """Where values rest sealed. The statements are constants: `key` is text in all of them."""
+
+    name: str
+    read: str
+    write: str
+    count: str
+
+
+SEALED_COLUMNS = (
+    SealedColumn(
+        "psk",
+        """
+        SELECT credential_id::text AS key, tenant_id::text AS owner, version, sealed_key AS sealed FROM credential
+        WHERE kind = 'psk' AND credential_id > coalesce($1::text::uuid, '00000000-0000-0000-0000-000000000000')
+          AND substr(sealed_key, 1, length($2::bytea)) <> $2
+        ORDER BY credential_id
+        LIMIT $3
+        FOR NO KEY UPDATE
+        """,
+        "UPDATE credential SET sealed_key = $2 WHERE credential_id = $1::text::uuid",
+        "SELECT count(*) FROM credential WHERE kind = 'psk' AND substr(sealed_key, 1, length($1::bytea)) = $1",
+    ),
+    SealedColumn(
+        "claim_psk",
+        """
+        SELECT template_id AS key, tenant_id::text AS owner, 1 AS version, sealed_claim_psk AS sealed
+        FROM provisioning_template
+        WHERE template_id > coalesce($1::text, '') AND substr(sealed_claim_psk, 1, length($2::bytea)) <> $2
+        ORDER BY template_id
+        LIMIT $3
+        FOR NO KEY UPDATE
+        """,
+        "UPDATE provisioning_template SET sealed_claim_psk = $2 WHERE template_id = $1",
+        "SELECT count(*) FROM provisioning_template WHERE substr(sealed_claim_psk, 1, length($1::bytea)) = $1",
+    ),
+    SealedColumn(
+        "issuer_key",
+        """
+        SELECT kid AS key, 'system' AS owner, 1 AS version, sealed_key AS sealed FROM issuer_key
+        WHERE kid > coalesce($1::text, '') AND substr(sealed_key, 1, length($2::bytea)) <> $2
+        ORDER BY kid
+        LIMIT $3
+        FOR NO KEY UPDATE
+        """,
+        "UPDATE issuer_key SET sealed_key = $2 WHERE kid = $1",
+        "SELECT count(*) FROM issuer_key WHERE substr(sealed_key, 1, length($1::bytea)) = $1",
+    ),
+    SealedColumn(
+        "authority",
+        """
+        SELECT authority_id::text AS key, 'system' AS owner, 1 AS version, sealed_key AS sealed FROM authority
+        WHERE authority_id > coalesce($1::text::uuid, '00000000-0000-0000-0000-000000000000')
+          AND substr(sealed_key, 1, length($2::bytea)) <> $2
+        ORDER BY authority_id
+        LIMIT $3
+        FOR NO KEY UPDATE
+        """,
+        "UPDATE authority SET sealed_key = $2 WHERE authority_id = $1::text::uuid",
+        "SELECT count(*) FROM authority WHERE substr(sealed_key, 1, length($1::bytea)) = $1",
+    ),
+    SealedColumn(
+        "canary",
+        """
+        SELECT 'key-ring' AS key, 'system' AS owner, 1 AS version, sealed FROM key_ring_canary
+        WHERE $1::text IS NULL AND substr(sealed, 1, length($2::bytea)) <> $2
+        LIMIT $3
+        FOR NO KEY UPDATE
+        """,
+        "UPDATE key_ring_canary SET sealed = $2 WHERE $1::text = 'key-ring'",
+        "SELECT count(*) FROM key_ring_canary WHERE substr(sealed, 1, length($1::bytea)) = $1",
+    ),
+)
+"""Every column that holds sealed values, the canary last: from then on a node without the new key does not start."""
+
+
+async def not_sealed_with(
+    connection: Connection, column: SealedColumn, prefix: bytes, after: str | None, limit: int
+) -> list[SealedValue]:
+    """The next values whose beginning is not `prefix` (which names a key of the ring), their rows locked."""
+    rows = await connection.fetch(column.read, after, prefix, limit)
+    return [SealedValue(row["key"], row["owner"], row["version"], row["sealed"]) for row in rows]
+
+
+async def put_sealed(connection: Connection, column: SealedColumn, values: Sequence[SealedValue]) -> None:
+    """Write values back, sealed anew."""
+    await connection.executemany(column.write, [(each.key, each.sealed) for each in values])
+
+
+async def count_sealed_with(connection: Connection, column: SealedColumn, prefix: bytes) -> int:
+    """How many values of a column begin with `prefix`."""
+    number: int = await connection.fetchval(column.count, prefix)
+    return number

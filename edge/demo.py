@@ -33,7 +33,7 @@ import msgspec
 from rich.text import Text
 
 from edge import logs
-from edge.api_client import ConnectionClosed
+from edge.api_client import BASE, ConnectionClosed
 from edge.commands import cli_actor, sign_token
 from edge.config import Config
 from edge.demo_steps import STEPS, Held, Site, Story, Unexpected
@@ -69,6 +69,7 @@ async def tell(config: Config, *, once: bool) -> int:
                 stage.fact("", remark)
             stage.fact("started in", f"{time.perf_counter() - since:.1f} s")
             site = await _site(config, ports["https"])
+            stage.fact("the API", site.base)
             story = Story(site, stage, secrets.token_hex(3).upper())
             try:
                 await asyncio.to_thread(story.tell)
@@ -77,6 +78,7 @@ async def tell(config: Config, *, once: bool) -> int:
                     f"the demo failed in step {stage.number}: {_reason(error)} (log: {config.data_dir / 'demo.log'})"
                 )
                 return FAILED
+            stage.verbatim("")
             stage.heading(f"All {len(STEPS)} steps held.")
             if not once:
                 _print_commands(stage, config, site, story.devices["thermometer"])
@@ -166,9 +168,8 @@ def pastes(data_dir: Path, gatehouse: str) -> Sequence[Paste]:
 
 def variables(config: Config, site: Site, device: Held) -> Sequence[tuple[str, str]]:
     """What the commands need to know."""
-    host = f"[{site.host}]" if ":" in site.host else site.host
     return (
-        ("API", f"https://{host}:{site.port}/api/v1"),
+        ("API", site.base),
         ("CA", str(site.ca_chain)),
         ("OPERATOR", site.operator_token),
         ("DEVICE_ID", device.device_id),
@@ -187,7 +188,7 @@ def _print_commands(stage: Stage, config: Config, site: Site, device: Held) -> N
     for paste in pastes(config.data_dir, _own_command()):
         stage.verbatim(f"\n# {paste.what}{' (goes on until Ctrl-C)' if paste.endless else ''}")
         stage.verbatim(paste.command)
-    stage.verbatim(f"\n# the API in a browser: https://{site.host}:{site.port}/docs")
+    stage.verbatim(f"\n# the API in a browser: {site.base.removesuffix(BASE)}/docs")
     stage.verbatim("")
     stage.heading("Serving. Ctrl-C stops.")
 

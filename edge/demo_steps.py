@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from edge.api_client import Answer, ApiClient
+from edge.api_client import BASE, Answer, ApiClient
 
 CLOSE_SECONDS = 10.0
 """How long the demo waits for a revoked connection to be closed; it is closed in milliseconds."""
@@ -46,6 +46,12 @@ class Site:
     port: int
     ca_chain: Path
     operator_token: str = field(repr=False)
+
+    @property
+    def base(self) -> str:
+        """The address of the API."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"https://{host}:{self.port}{BASE}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,8 @@ from types import MappingProxyType
 
 import asyncpg
 import msgspec
-from adapters.http.app import HttpApiSettings, create_app
-from registry.retention import Retention, RetentionSettings
 
+from adapters.http.app import HttpApiSettings, create_app
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
 from adapters.tls.admission import TlsLimits
@@ -44,6 +43,7 @@ from registry.core import Registry
 from registry.errors import Unavailable
 from registry.feed import NodeBusy
 from registry.model import NodeId, Transport
+from registry.retention import Retention, RetentionSettings
 from registry.sealing import KeyRingError, load_or_create
 from registry.storage.database import Database, is_away
 from registry.storage.migrate import MigrationError

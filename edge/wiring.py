@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
 import asyncpg
-from registry.uplinks import UplinkLimits, Uplinks
 
 from certs.chains import bundle
 from edge.config import Config
@@ -43,6 +42,7 @@ from registry.storage.migrate import migrate
 from registry.templates import Templates
 from registry.tenants import Tenants
 from registry.trust import Trust, open_trust
+from registry.uplinks import UplinkLimits, Uplinks
 
 log = logging.getLogger(__name__)
 

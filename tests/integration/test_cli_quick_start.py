@@ -21,13 +21,12 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
     """`gatehouse serve` on the data directory that the README names; the port that its ready line tells."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "edge", "serve", "--data-dir", str(tmp_path / "gatehouse-data")],
-        env=_environment(tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_OPS__PORT="0"),
-        stdout=subprocess.PIPE,
-        stderr=(tmp_path / "log").open("w"),
-        text=True,
-    ) as server:
+    command = [sys.executable, "-m", "edge", "serve", "--data-dir", str(tmp_path / "gatehouse-data")]
+    environment = _environment(tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_OPS__PORT="0")
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
         try:
             assert server.stdout is not None
             ready = server.stdout.readline()
@@ -68,7 +67,7 @@ def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, port
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    said = re.split(r"^#### end \d+\n", done.stdout, flags=re.MULTILINE)
+    said = re.split(r"#### end \d+\n", done.stdout)
 
     tenant, registered, reported, looked = said[:4]
     assert json.loads(tenant)["slug"] == "fleet"

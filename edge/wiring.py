@@ -109,7 +109,7 @@ def build(
         max_per_device=config.limits.sessions_per_device,
         polite_seconds=config.security.teardown_seconds,
     )
-    teardown = Teardown(database, feed, sessions, resolver)
+    teardown = Teardown(database, feed, sessions, resolver, clock=clock)
     feed.add_follower(teardown)
     node = Node(database, sessions, teardown, clock=clock, sweep_seconds=config.security.session_sweep_seconds)
     patterns = PatternCache()

@@ -261,7 +261,7 @@ class ClosedSession:
     transport: Transport
     node_id: NodeId
     closed_after_ms: float
-    """Milliseconds from the commit of the revocation to the closed transport."""
+    """Milliseconds from the revocation (its `revoked_at`) to the closed transport."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from registry.errors import RegistryError, Unavailable
@@ -62,11 +64,20 @@ _STALE = frozenset(
 class Teardown:
     """Closes what ended. Follows the feed, and serves the services after their commits (ports.Teardown)."""
 
-    def __init__(self, database: Database, feed: Feed, sessions: SessionTable, resolver: Resolver) -> None:
+    def __init__(
+        self,
+        database: Database,
+        feed: Feed,
+        sessions: SessionTable,
+        resolver: Resolver,
+        *,
+        clock: Callable[[], datetime],
+    ) -> None:
         self._database = database
         self._feed = feed
         self._sessions = sessions
         self._resolver = resolver
+        self._clock = clock
         self._closings: OrderedDict[int, asyncio.Task[list[ClosedSession]]] = OrderedDict()
         self._background: set[asyncio.Task[Any]] = set()
         self.seconds: list[float] = []
@@ -77,7 +88,8 @@ class Teardown:
         scope = Scope(ended.tenant_id, ended.device_id, ended.credential_id, ended.session_id)
         if ended.device_id is not None:
             self._resolver.forget(ended.device_id)
-        closing = self._close_once(ended.event_seq, scope, ended.reason, 0.0)
+        age_seconds = max(0.0, (self._clock() - ended.revoked_at).total_seconds())
+        closing = self._close_once(ended.event_seq, scope, ended.reason, age_seconds)
         self._feed.hint()
         closed = list(await asyncio.shield(closing))
         remaining = len(self._sessions.matching(scope))

@@ -172,7 +172,7 @@ async def running_api(dsn: str, settings: HttpApiSettings | None = None, name: s
         hint=feed.hint,
     )
     sessions = SessionTable(NodeId(name), resolver, clock=now, feed_lost_seconds=feed.lost_seconds)
-    teardown = Teardown(database, feed, sessions, resolver)
+    teardown = Teardown(database, feed, sessions, resolver, clock=now)
     feed.add_follower(teardown)
     node = Node(database, sessions, teardown, clock=now)
     patterns = PatternCache()

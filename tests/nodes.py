@@ -102,7 +102,7 @@ async def running_node(
     sessions = SessionTable(
         NodeId(name), resolver, clock=now, feed_lost_seconds=feed.lost_seconds, polite_seconds=polite_seconds
     )
-    teardown = Teardown(database, feed, sessions, resolver)
+    teardown = Teardown(database, feed, sessions, resolver, clock=now)
     feed.add_follower(teardown)
     node = Node(database, sessions, teardown, clock=now)
     await feed.start()

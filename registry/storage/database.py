@@ -46,6 +46,7 @@ class Database:
                 max_size=size,
                 command_timeout=statement_timeout,
                 init=_prepare_connection,
+                reset=_leave_as_it_is,
                 max_inactive_connection_lifetime=300,
                 server_settings={"application_name": "gatehouse", "timezone": "UTC", "jit": "off"},
             )
@@ -95,6 +96,14 @@ def decode_json(text: str) -> Any:
 def encode_json(value: Any) -> str:
     """A value for a json or jsonb column."""
     return msgspec.json.encode(value).decode()
+
+
+async def _leave_as_it_is(_connection: object) -> None:
+    """Instead of asyncpg's reset, a round trip after every use: whoever borrows a connection leaves nothing behind.
+
+    Transactions end with their block, locks are transaction-level, and a setting that is changed is set back in a
+    `finally` (storage/partitions.py).
+    """
 
 
 async def _prepare_connection(connection: Any) -> None:

@@ -139,30 +139,25 @@ class Paste:
 
 def pastes(data_dir: Path, gatehouse: str) -> Sequence[Paste]:
     """Commands to try, in an order that makes sense; they use the variables that `variables` sets."""
+    curl = "curl -sS -w '\\n' --cacert \"$CA\""
     operator = '-H "Authorization: Bearer $OPERATOR"'
     device = '-H "Authorization: Bearer $DEVICE_KEY"'
     json_body = "-H 'Content-Type: application/json'"
     place = shlex.quote(str(data_dir))
     return (
-        Paste(
-            "the device reports",
-            f"""curl -sS --cacert "$CA" {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.5}}'""",
-        ),
-        Paste("what it reported", f'curl -sS --cacert "$CA" {operator} "$API/devices/$DEVICE_ID/readings?limit=3"'),
+        Paste("the device reports", f"""{curl} {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.5}}'"""),
+        Paste("what it reported", f'{curl} {operator} "$API/devices/$DEVICE_ID/readings?limit=3"'),
         Paste(
             "register another device",
-            f"""curl -sS --cacert "$CA" {operator} {json_body} "$API/devices" """
+            f"""{curl} {operator} {json_body} "$API/devices" """
             """-d '{"name": "Mine", "hardware_id": "HW-'$RANDOM$RANDOM'"}'""",
         ),
-        Paste("who is connected", f'curl -sS --cacert "$CA" {operator} "$API/sessions"'),
+        Paste("who is connected", f'{curl} {operator} "$API/sessions"'),
         Paste("all devices, from the command line", f"{gatehouse} device list --data-dir {place}"),
         Paste("throw the device out", f'{gatehouse} device revoke "$DEVICE_ID" --data-dir {place}'),
-        Paste(
-            "it tries again: 401",
-            f"""curl -sS --cacert "$CA" {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.6}}'""",
-        ),
-        Paste("why?", f'curl -sS --cacert "$CA" {operator} "$API/devices/$DEVICE_ID/timeline?limit=5"'),
-        Paste("watch what happens", f'curl -sSN --cacert "$CA" {operator} "$API/events/stream"', endless=True),
+        Paste("it tries again: 401", f"""{curl} {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.6}}'"""),
+        Paste("why?", f'{curl} {operator} "$API/devices/$DEVICE_ID/timeline?limit=5"'),
+        Paste("watch what happens", f'{curl} -N {operator} "$API/events/stream"', endless=True),
     )
 
 

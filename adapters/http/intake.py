@@ -89,7 +89,8 @@ class _CborUplink(Request, frozen=True, kw_only=True):
     kind: str
     payload: Any
     message_id: str | None = None
-    observed_at: datetime | str | None = None
+    observed_at: Any = None
+    """A time by its tag, or a text; the core reads it."""
 
 
 class UplinkAnswer(msgspec.Struct, frozen=True, kw_only=True):

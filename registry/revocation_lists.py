@@ -51,7 +51,7 @@ _REASONS: Final[Mapping[str, RevocationReason]] = {
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """A signed list. `der` as RFC 5280 §5 has it; `issuer` is the SHA-256 fingerprint of its authority's certificate."""
+    """A signed list (RFC 5280 §5). `issuer` is the SHA-256 fingerprint of its authority's certificate."""
 
     issuer: str
     number: int
@@ -138,7 +138,7 @@ class RevocationLists:
             stored = await certificates.latest_list(connection, authority_id)
             if stored is not None and not _due(state, now):
                 return RevocationList(authority.fingerprint, *stored)  # another node was first
-            number = state.number + 1
+            number, now = state.number + 1, max(now, state.this_update or now)  # another node's clock may be ahead
             await certificates.take_into_list(connection, authority_id, now, number)
             ended = await certificates.listed(connection, authority_id, state.this_update)
             entries = [_entry(each) for each in ended]

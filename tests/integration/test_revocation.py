@@ -255,7 +255,8 @@ async def test_a_shortened_life_reaches_open_sessions(
                 device_id,
             )
         a.feed.hint()
-        await until(lambda: session.closed)
+        await until(lambda: closer.reasons)
+        assert session.closed
         assert closer.reasons in (["credential expired"], ["credential no longer valid"])
 
 

@@ -14,7 +14,6 @@ through terminal.py. Failures are exceptions; cli.py turns them into one line.
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -357,10 +356,10 @@ def _key_ids(path: Path) -> tuple[str, list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise KeyRingError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not text'}") from None
     try:
-        active = KeyRing.from_json(text).active
+        ring = KeyRing.from_json(text)
     except KeyRingError as error:
         raise KeyRingError(f"{path}: {error}") from None
-    return active, sorted(str(key_id) for key_id in json.loads(text)["keys"])
+    return ring.active, sorted(ring.key_ids)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

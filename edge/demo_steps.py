@@ -293,8 +293,8 @@ def revoke(story: Story) -> None:
         require(receipt["remaining"] == 0, f"{receipt['remaining']} sessions remain")
         closed = receipt["sessions"][0]
         story.note(
-            f"receipt: session on {closed['transport']} closed {closed['closed_after_ms']:.1f} ms after the commit, "
-            f"remaining {receipt['remaining']}"
+            f"receipt: session on {closed['transport']} closed {closed['closed_after_ms']:.1f} ms "
+            f"after the revocation, remaining {receipt['remaining']}"
         )
         story.note(f"seen from the device: end of stream {seen[0]:.1f} ms after the operator asked")
         refused = story.exchange(device, "POST", "/telemetry", {"battery": 85}, bearer=sensor.api_key, expect=401).body

@@ -73,7 +73,7 @@ def test_the_story_holds_is_readable_when_piped_and_can_be_told_again(tmp_path: 
             "answer lost",
             "uplinks stored",
             "both keys work",
-            "ms after the commit, remaining 0",
+            "ms after the revocation, remaining 0",
             "end of stream",
             "401 UNAUTHENTICATED",
             "timeline: auth.refused (",

@@ -3,8 +3,9 @@
 Theory. A `Metrics` owns its registry, so that two of them (tests, two nodes in one process) never meet. Whoever counts
 calls a method; labels are enums, so their number is known when this file is read: no device, tenant or address ever
 becomes a label. The one text among them, the HTTP route, is a template of ours and capped all the same. Numbers that
-live elsewhere (open sessions, queue length, the counters of a TLS listener) are read when the page is asked for:
-`watch_…` takes a function, which must be quick and must not raise. Methods are safe from any thread.
+live elsewhere (open sessions, queue length, the counters of the adapters) are read when the page is asked for:
+`watch_…` takes a function, which must be quick and must not raise. A `Metrics` is the core's `Observer`
+(registry/observation.py). Methods are safe from any thread.
 
 Names are `gatehouse_*` in base units (seconds, bytes); counters end in `_total`.
 """
@@ -12,7 +13,7 @@ Names are `gatehouse_*` in base units (seconds, bytes); counters end in `_total`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from enum import Enum
+from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -20,6 +21,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from registry.model import Transport
+from registry.observation import AuthOutcome, ClaimOutcome, CloseReason, Limit, UplinkOutcome
+
+__all__ = ["AuthOutcome", "ClaimOutcome", "CloseReason", "Limit", "Metrics", "UplinkOutcome"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_ROUTES = 500
@@ -29,62 +33,6 @@ LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 """Seconds, from a cached look-up to the statement timeout."""
 BATCH_ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-
-class AuthOutcome(Enum):
-    """How an admission ended. `refused` covers unknown, wrong, expired, disabled, revoked: the log has the reason."""
-
-    ADMITTED = "admitted"
-    REFUSED = "refused"
-    UNAVAILABLE = "unavailable"
-
-
-class UplinkOutcome(Enum):
-    """What became of an uplink. Every acknowledged one is `stored` or a `duplicate` of a stored one."""
-
-    STORED = "stored"
-    DUPLICATE = "duplicate"
-    REJECTED = "rejected"
-
-
-class ClaimOutcome(Enum):
-    """How a provisioning attempt ended; `existing` is the idempotent re-claim."""
-
-    CREATED = "created"
-    EXISTING = "existing"
-    REFUSED = "refused"
-    FAILED = "failed"
-
-
-class CloseReason(Enum):
-    """Why a session ended."""
-
-    PEER = "peer"
-    IDLE = "idle"
-    REVOKED = "revoked"
-    KICKED = "kicked"
-    EXPIRED = "expired"
-    TAKEN_OVER = "taken_over"
-    PROTOCOL_ERROR = "protocol_error"
-    DRAIN = "drain"
-    OTHER = "other"
-
-
-class Limit(Enum):
-    """A configured limit (`[limits]`) that somebody ran into."""
-
-    HEADER = "header"
-    BODY = "body"
-    SLOW_SENDER = "slow_sender"
-    CONNECTIONS = "connections"
-    SESSIONS = "sessions"
-    SESSIONS_PER_DEVICE = "sessions_per_device"
-    UPLINK_QUEUE = "uplink_queue"
-    UPLINK_PAYLOAD = "uplink_payload"
-    TENANT_REQUESTS = "tenant_requests"
-    KEY_REQUESTS = "key_requests"
-    PROVISIONING_ATTEMPTS = "provisioning_attempts"
-    SSE_STREAMS = "sse_streams"
 
 
 class Metrics:
@@ -109,7 +57,7 @@ class Metrics:
             buckets=LATENCY,
             registry=registry,
         )
-        self._uplinks = Counter("gatehouse_uplinks", "Uplinks by outcome", ["transport", "outcome"], registry=registry)
+        self._uplinks = _Tally("gatehouse_uplinks", "Uplinks by outcome", ("transport", "outcome"))
         self._batch = Histogram(
             "gatehouse_uplink_batch_rows", "Rows of one group commit", buckets=BATCH_ROWS, registry=registry
         )
@@ -129,20 +77,23 @@ class Metrics:
             buckets=LATENCY,
             registry=registry,
         )
-        self._limits = Counter("gatehouse_limits_hit", "Limits that somebody ran into", ["limit"], registry=registry)
-        self._restarts = Counter(
-            "gatehouse_postgres_restarts", "Restarts of the embedded PostgreSQL after a crash", registry=registry
-        )
+        self._limits = _Tally("gatehouse_limits_hit", "Limits that somebody ran into", ("limit",))
+        self._restarts = _Tally("gatehouse_postgres_restarts", "Restarts of the embedded PostgreSQL after a crash", ())
+        self._loops = _Tally("gatehouse_loop_restarts", "Loops of this process that failed and were started again", ())
+        for tally in (self._uplinks, self._limits, self._restarts, self._loops):
+            registry.register(tally)
+        self._restarts.add((), 0)
+        self._loops.add((), 0)
         # A series that exists only after its first event cannot be alerted on: rate() needs the zero before it.
         for transport in (Transport.HTTPS, Transport.MQTT, Transport.COAP):
             for outcome in AuthOutcome:
                 self._auth.labels(transport.value, outcome.value)
             for stored in UplinkOutcome:
-                self._uplinks.labels(transport.value, stored.value)
+                self._uplinks.add((transport.value, stored.value), 0)
             for claim in ClaimOutcome:
                 self._claims.labels(transport.value, claim.value)
         for limit in Limit:
-            self._limits.labels(limit.value)
+            self._limits.add((limit.value,), 0)
 
     def auth_attempted(self, transport: Transport, outcome: AuthOutcome) -> None:
         """Count one admission, resumed connections included."""
@@ -158,7 +109,7 @@ class Metrics:
 
     def uplinks_handled(self, transport: Transport, outcome: UplinkOutcome, count: int = 1) -> None:
         """Count uplinks; stored ones after their commit."""
-        self._uplinks.labels(transport.value, outcome.value).inc(count)
+        self._uplinks.add((transport.value, outcome.value), count)
 
     def batch_committed(self, rows: int, seconds: float) -> None:
         """Note one group commit."""
@@ -178,11 +129,27 @@ class Metrics:
 
     def limit_hit(self, limit: Limit) -> None:
         """Count somebody running into a limit."""
-        self._limits.labels(limit.value).inc()
+        self._limits.add((limit.value,), 1)
+
+    def watch_uplinks(self, transport: Transport, read: Callable[[], Mapping[UplinkOutcome, int]]) -> None:
+        """Add the uplinks that an adapter counts itself."""
+        self._uplinks.watch(lambda: {(transport.value, outcome.value): n for outcome, n in read().items()})
+
+    def watch_limits(self, read: Callable[[], Mapping[Limit, int]]) -> None:
+        """Add the limits that are counted where they are hit."""
+        self._limits.watch(lambda: {(limit.value,): n for limit, n in read().items()})
+
+    def watch_loops(self, restarts: Callable[[], int]) -> None:
+        """Show how often one of the process's own loops had failed and was started again."""
+        self._loops.watch(lambda: {(): restarts()})
+
+    def watch_postgres(self, restarts: Callable[[], int]) -> None:
+        """Show the restarts of the embedded PostgreSQL after a crash."""
+        self._restarts.watch(lambda: {(): restarts()})
 
     def postgres_restarted(self) -> None:
         """Count a restart of the embedded PostgreSQL after its crash."""
-        self._restarts.inc()
+        self._restarts.add((), 1)
 
     def watch_sessions(self, read: Callable[[], Mapping[Transport, int]]) -> None:
         """Show the open sessions of this node; transports that `read` leaves out are 0."""
@@ -263,6 +230,40 @@ class _Read(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._collect()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not read yet."""
+        return ()
+
+
+class _Tally(Collector):
+    """A counter that sums what it is told and what is counted elsewhere, by label values."""
+
+    def __init__(self, name: str, documentation: str, labels: tuple[str, ...]) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._labels = labels
+        self._told: dict[tuple[str, ...], int] = {}
+        self._reads: list[Callable[[], Mapping[tuple[str, ...], int]]] = []
+        self._lock = Lock()
+
+    def add(self, values: tuple[str, ...], count: int) -> None:
+        with self._lock:
+            self._told[values] = self._told.get(values, 0) + count
+
+    def watch(self, read: Callable[[], Mapping[tuple[str, ...], int]]) -> None:
+        self._reads.append(read)
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            sums = dict(self._told)
+        for read in self._reads:
+            for values, count in read().items():
+                sums[values] = sums.get(values, 0) + count
+        family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
+        for values, count in sums.items():
+            family.add_metric(values, count)
+        yield family
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not read yet."""

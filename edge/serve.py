@@ -26,7 +26,8 @@ from types import MappingProxyType
 import asyncpg
 import msgspec
 
-from adapters.http.app import HttpApiSettings, create_app
+from adapters.http.api_request import Service
+from adapters.http.app import HttpApi, HttpApiSettings, create_app
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
 from adapters.tls.admission import TlsLimits
@@ -43,6 +44,7 @@ from registry.core import Registry
 from registry.errors import Unavailable
 from registry.feed import NodeBusy
 from registry.model import NodeId, Transport
+from registry.observation import Limit, UplinkOutcome
 from registry.retention import Retention, RetentionSettings
 from registry.sealing import KeyRingError, load_or_create
 from registry.storage.database import Database, is_away
@@ -133,6 +135,7 @@ class Server:
             trust,
             node_id=NodeId(config.node.id),
             observe_batch=self._metrics.batch_committed,
+            observer=self._metrics,
         )
         await enter(self._running_core(core))
         certificate = ServerCertificate(config, trust.authorities, utc_now)
@@ -156,7 +159,7 @@ class Server:
         deadline = loop.time() + (DATABASE_WAIT_SECONDS if self._postgres is None else 0.0)
         while True:
             try:
-                return await migrate_database(self.dsn)
+                return await migrate_database(self.dsn, connect_timeout=self._config.database.connect_timeout_seconds)
             except (asyncpg.PostgresError, OSError, TimeoutError) as error:
                 if loop.time() > deadline or not is_away(error):
                     raise StartError(f"database.dsn: the database cannot be used: {error}") from error
@@ -169,6 +172,7 @@ class Server:
             self.dsn,
             size=self._config.database.pool,
             statement_timeout=self._config.database.statement_timeout_seconds,
+            connect_timeout=self._config.database.connect_timeout_seconds,
         )
         try:
             yield database
@@ -216,6 +220,7 @@ class Server:
             tls_limits=_tls_limits(self._config),
             hot=app.hot,
         )
+        self._watch_https(core, app, server)
         port = await server.start(self._config.https.host, self._config.https.port)
         self._supervisor.keep("certificate", lambda: _renew(certificate, context))
         try:
@@ -274,7 +279,24 @@ class Server:
         metrics.watch_sessions(registry.sessions.count)
         metrics.watch_uplink_queue(lambda: registry.uplinks.queued, lambda: registry.uplinks.queued_bytes)
         metrics.watch_feed(registry.feed.lost_seconds)
-        metrics.watch_listeners(lambda: {Transport.HTTPS: self._https.tls_counters.as_dict()} if self._https else {})
+        metrics.watch_limits(lambda: {Limit.UPLINK_QUEUE: registry.uplinks.turned_away})
+        metrics.watch_loops(lambda: self._supervisor.restarts)
+        postgres = self._postgres
+        if postgres is not None:
+            metrics.watch_postgres(lambda: postgres.restarts)
+
+    def _watch_https(self, core: Core, app: HttpApi, server: HttpsServer) -> None:
+        metrics, intake = self._metrics, app.hot.counters
+        metrics.watch_listeners(lambda: {Transport.HTTPS: server.tls_counters.as_dict()})
+        metrics.watch_uplinks(
+            Transport.HTTPS,
+            lambda: {
+                UplinkOutcome.STORED: intake.stored,
+                UplinkOutcome.DUPLICATE: intake.duplicate,
+                UplinkOutcome.REJECTED: intake.rejected,
+            },
+        )
+        metrics.watch_limits(lambda: _limits_hit(app.service, server))
 
 
 async def serve(config: Config) -> int:
@@ -375,7 +397,26 @@ def _api_settings(config: Config) -> HttpApiSettings:
         sse_streams=limits.sse_streams,
         sse_streams_per_tenant=limits.sse_streams_per_tenant,
         rotation_overlap_seconds=config.security.rotation_overlap_seconds,
+        max_body_bytes=limits.body_bytes,
+        uplink_payload_bytes=limits.uplink_payload_bytes,
     )
+
+
+def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
+    http, tls, allowances = server.counters, server.tls_counters, service.allowances.counters
+    return {
+        Limit.HEADER: http.refused_headers_too_large + http.refused_target_too_long,
+        Limit.BODY: http.refused_body_too_large,
+        Limit.SLOW_SENDER: http.refused_slow + http.stalled,
+        Limit.HANDSHAKES: tls.dropped_handshake_limit + tls.dropped_address_limit + tls.dropped_handshake_timeout,
+        Limit.CONNECTIONS: tls.dropped_connection_limit,
+        Limit.TENANT_REQUESTS: allowances.tenant,
+        Limit.KEY_REQUESTS: allowances.credential,
+        Limit.OPEN_REQUESTS: allowances.address,
+        Limit.PROVISIONING_ATTEMPTS: allowances.provisioning,
+        Limit.FAILED_AUTHENTICATIONS: allowances.failures,
+        Limit.SSE_STREAMS: service.streams.turned_away,
+    }
 
 
 def _http_limits(config: Config) -> HttpLimits:

@@ -30,6 +30,7 @@ from registry.key_claim import KeyClaim
 from registry.kick import Kick
 from registry.model import NodeId
 from registry.node import Node
+from registry.observation import NOBODY, Observer
 from registry.operators import InvalidKeySet, JwksKey, OperatorVerifier, parse_jwks
 from registry.profiles import Profiles
 from registry.refusals import Refusals
@@ -66,9 +67,11 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-async def migrate_database(dsn: str) -> list[str]:
+async def migrate_database(dsn: str, *, connect_timeout: float = 10.0) -> list[str]:
     """Bring the schema up to date over a connection of its own; the names of the files applied."""
-    connection = await asyncpg.connect(dsn, timeout=30, server_settings={"application_name": "gatehouse-migrate"})
+    connection = await asyncpg.connect(
+        dsn, timeout=connect_timeout, server_settings={"application_name": "gatehouse-migrate"}
+    )
     try:
         return await migrate(connection)
     finally:
@@ -84,11 +87,12 @@ def build(
     node_id: NodeId,
     clock: Callable[[], datetime] = utc_now,
     observe_batch: Callable[[int, float], None] | None = None,
+    observer: Observer = NOBODY,
 ) -> Core:
     """All services over one database. Raises OperatorKeysProblem."""
     random = secrets.token_bytes
     feed = Feed(database, node_id)
-    refusals = Refusals(database, feed)
+    refusals = Refusals(database, feed, observer=observer)
     resolver = Resolver(
         database,
         ring,
@@ -98,6 +102,7 @@ def build(
         feed_trusted=lambda: feed.trusted,
         hint=feed.hint,
         cache_entries=config.security.credential_cache_entries,
+        observer=observer,
     )
     sessions = SessionTable(
         node_id,
@@ -108,8 +113,9 @@ def build(
         max_sessions=config.limits.sessions,
         max_per_device=config.limits.sessions_per_device,
         polite_seconds=config.security.teardown_seconds,
+        observer=observer,
     )
-    teardown = Teardown(database, feed, sessions, resolver, clock=clock)
+    teardown = Teardown(database, feed, sessions, resolver, clock=clock, observer=observer)
     feed.add_follower(teardown)
     node = Node(database, sessions, teardown, clock=clock, sweep_seconds=config.security.session_sweep_seconds)
     patterns = PatternCache()
@@ -124,7 +130,14 @@ def build(
             database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, patterns=patterns
         ),
         key_claim=KeyClaim(
-            database, key_ring=ring, clock=clock, random=random, feed=feed, refusals=refusals, patterns=patterns
+            database,
+            key_ring=ring,
+            clock=clock,
+            random=random,
+            feed=feed,
+            refusals=refusals,
+            patterns=patterns,
+            observer=observer,
         ),
         resolver=resolver,
         sessions=sessions,
@@ -154,7 +167,12 @@ async def open_registry(config: Config, *, environ: Mapping[str, str]) -> AsyncI
     async with _dsn(config, environ) as dsn:
         await migrate_database(dsn)
         ring = load_or_create(config.security.key_ring)
-        database = await Database.open(dsn, size=2, statement_timeout=config.database.statement_timeout_seconds)
+        database = await Database.open(
+            dsn,
+            size=2,
+            statement_timeout=config.database.statement_timeout_seconds,
+            connect_timeout=config.database.connect_timeout_seconds,
+        )
         try:
             trust = await open_trust(database, ring, clock=utc_now, random=secrets.token_bytes)
             core = build(config, database, ring, trust, node_id=NodeId(f"command-{uuid4().hex[:12]}"))

@@ -65,6 +65,8 @@ class Batcher(Generic[Item, Result]):
         self._queued_weight = 0
         self._running: set[asyncio.Task[None]] = set()
         self._stopped = False
+        self.turned_away = 0
+        """Items for which there was no room, for the metrics."""
 
     @property
     def queued(self) -> int:
@@ -81,11 +83,13 @@ class Batcher(Generic[Item, Result]):
         if self._stopped:
             raise Unavailable(f"{self._name} is stopping")
         if len(self._queue) >= self._max_queued:
+            self.turned_away += 1
             raise Unavailable(f"{self._name} is at its limit of {self._max_queued} waiting items")
         weight = 0
         if self._weigh is not None:
             weight = self._weigh(item)
             if self._queue and self._queued_weight + weight > self._max_queued_weight:
+                self.turned_away += 1
                 raise Unavailable(f"{self._name} is at its limit of {self._max_queued_weight} waiting bytes")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()

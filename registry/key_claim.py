@@ -34,7 +34,7 @@ from typing import Final, assert_never
 from registry import fields, secrets
 from registry.credentials import MAX_LIVING, IssuedApiKey, IssuedCredential, Mint, issue_certificate, preparing
 from registry.devices import inherited
-from registry.errors import InvalidArgument, Refused, Unavailable
+from registry.errors import InvalidArgument, Refused, RegistryError, Unavailable
 from registry.events import EventKind, NewEvent
 from registry.hardware_id import HardwareId, PatternCache, parse_hardware_id
 from registry.model import (
@@ -50,6 +50,7 @@ from registry.model import (
     TemplateStatus,
     TenantId,
 )
+from registry.observation import NOBODY, ClaimOutcome, Observer
 from registry.ports import CertificateIssuer, Clock, EventHint, PreparedIssue, RefusalLog
 from registry.psk import IssuedPsk, seal_context
 from registry.sealing import KeyRing, SealBroken
@@ -111,6 +112,7 @@ class KeyClaim:
         refusals: RefusalLog,
         patterns: PatternCache,
         issuer: CertificateIssuer | None = None,
+        observer: Observer = NOBODY,
     ) -> None:
         self._database = database
         self._key_ring = key_ring
@@ -121,10 +123,23 @@ class KeyClaim:
         self._refusals = refusals
         self._patterns = patterns
         self._issuer = issuer
+        self._observer = observer
 
     async def claim(self, request: ClaimRequest, contact: Contact) -> Claimed:
         """Raises InvalidArgument (the form of the request), Refused (uniform), FailedPrecondition (the key is good, the
         template's type is x509 and there is no csr, or no CA), Unavailable."""
+        try:
+            claimed = await self._claim(request, contact)
+        except RegistryError as error:
+            outcome = ClaimOutcome.REFUSED if isinstance(error, Refused) else ClaimOutcome.FAILED
+            self._observer.claim_handled(contact.transport, outcome)
+            raise
+        self._observer.claim_handled(
+            contact.transport, ClaimOutcome.CREATED if claimed.created else ClaimOutcome.EXISTING
+        )
+        return claimed
+
+    async def _claim(self, request: ClaimRequest, contact: Contact) -> Claimed:
         hardware_id = _check(request)
         key_hash = secrets.digest(request.provision_key.reveal())
         for _ in range(_ATTEMPTS):

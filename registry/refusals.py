@@ -20,6 +20,7 @@ from registry.errors import Unavailable
 from registry.events import EventKind, NewEvent
 from registry.feed import Feed
 from registry.model import Actor, Contact, DeviceId, TenantId, Transport
+from registry.observation import NOBODY, AuthOutcome, Observer
 from registry.storage import events
 from registry.storage.database import Database
 
@@ -54,8 +55,9 @@ class _Held:
 class Refusals:
     """Collects refusals and writes them behind (ports.RefusalLog)."""
 
-    def __init__(self, database: Database, feed: Feed) -> None:
+    def __init__(self, database: Database, feed: Feed, *, observer: Observer = NOBODY) -> None:
         self._database = database
+        self._observer = observer
         self._feed = feed
         self._held: dict[_Key, _Held] = {}
         self._writing = asyncio.Lock()
@@ -74,6 +76,8 @@ class Refusals:
         detail: Mapping[str, str],
     ) -> None:
         """Remember one refusal. Never raises, never waits. `reason` is one of the program's own texts."""
+        if kind is EventKind.AUTH_REFUSED:
+            self._observer.auth_attempted(contact.transport, AuthOutcome.REFUSED)
         self._log(tenant_id, device_id, kind, reason, contact)
         if tenant_id is None:
             return

@@ -33,7 +33,7 @@ from certs.chains import BadCertificate, describe_certificate
 from certs.renewal import GRACE, ValidityState, validity_state
 from registry import secrets
 from registry.batching import Batcher
-from registry.errors import Unauthenticated
+from registry.errors import Unauthenticated, Unavailable
 from registry.events import EventKind
 from registry.model import (
     ApiKey,
@@ -48,6 +48,7 @@ from registry.model import (
     PskIdentity,
     RenewalRight,
 )
+from registry.observation import NOBODY, AuthOutcome, Observer
 from registry.ports import RefusalLog
 from registry.sealing import KeyRing, SealBroken, SealContext
 from registry.secrets import RandomBytes, Secret
@@ -98,7 +99,9 @@ class Resolver:
         hint: Callable[[], None],
         cache_entries: int = 100_000,
         renewal_grace: timedelta = GRACE,
+        observer: Observer = NOBODY,
     ) -> None:
+        self._observer = observer
         self._renewal_grace = renewal_grace
         self._database = database
         self._ring = ring
@@ -119,7 +122,7 @@ class Resolver:
     async def admit(self, evidence: ApiKey | ClientCertificate, contact: Contact) -> Identity:
         """The identity that the evidence proves. Raises Unauthenticated (alike for every reason) or Unavailable."""
         lookup = lookup_of(evidence)
-        state = await self._find(lookup)
+        state = await self._find(lookup, contact)
         if state is None or not secrets.same(state.lookup, lookup[1]):
             raise self._refuse(None, f"unknown {lookup[0].value}", contact)
         if isinstance(evidence, ApiKey) and evidence.device_id not in (None, str(state.device_id)):
@@ -133,7 +136,7 @@ class Resolver:
         nor one that a rotation ended before its own date.
         """
         lookup = lookup_of(evidence)
-        state = await self._find(lookup)
+        state = await self._find(lookup, contact)
         if state is None or not secrets.same(state.lookup, lookup[1]):
             raise self._refuse(None, f"unknown {lookup[0].value}", contact)
         now = self._clock()
@@ -145,7 +148,7 @@ class Resolver:
 
     async def offer(self, evidence: PskIdentity, contact: Contact) -> PskOffer:
         """A key to run a PSK handshake with, for any identity. Raises Unavailable only."""
-        state = await self._find(lookup_of(evidence))
+        state = await self._find(lookup_of(evidence), contact)
         stand_in: Secret[bytes] = Secret(self._random(secrets.SECRET_BYTES))
         if state is None or state.sealed_key is None:
             self._note(None, "unknown psk", contact)
@@ -202,7 +205,7 @@ class Resolver:
 
     # -- look-ups --------------------------------------------------------------------------------------------------
 
-    async def _find(self, lookup: Lookup) -> CredentialState | None:
+    async def _find(self, lookup: Lookup, contact: Contact) -> CredentialState | None:
         if self._feed_trusted():
             cached = self._cache.get(lookup)
             if cached is not None:
@@ -210,7 +213,11 @@ class Resolver:
                 return cached
         self.counters.cache_misses += 1
         asked_at = self._cache.generation
-        state = await self._lookups.submit(lookup)
+        try:
+            state = await self._lookups.submit(lookup)
+        except Unavailable:
+            self._observer.auth_attempted(contact.transport, AuthOutcome.UNAVAILABLE)
+            raise
         if state is not None and self._feed_trusted() and self.judge(state) is None:
             self._cache.put(lookup, state, asked_at)
         return state

@@ -28,6 +28,7 @@ from registry.errors import RegistryError, Unavailable
 from registry.events import TEARDOWN, Event, EventKind, NewEvent
 from registry.feed import Feed, Seen
 from registry.model import Actor, ClosedSession, NodeId, Receipt
+from registry.observation import NOBODY, Observer
 from registry.ports import Ended
 from registry.resolver import Resolver
 from registry.sessions import Scope, Session, SessionTable
@@ -72,6 +73,7 @@ class Teardown:
         resolver: Resolver,
         *,
         clock: Callable[[], datetime],
+        observer: Observer = NOBODY,
     ) -> None:
         self._database = database
         self._feed = feed
@@ -80,8 +82,7 @@ class Teardown:
         self._clock = clock
         self._closings: OrderedDict[int, asyncio.Task[list[ClosedSession]]] = OrderedDict()
         self._background: set[asyncio.Task[Any]] = set()
-        self.seconds: list[float] = []
-        """Time of finished teardowns that closed something, for the metrics; the collector empties it."""
+        self._observer = observer
 
     async def complete(self, ended: Ended) -> Receipt:
         """Close the sessions of what a committed transaction ended, on all nodes; bounded by RECEIPT_SECONDS."""
@@ -169,7 +170,7 @@ class Teardown:
         started = loop.time()
         closed = await self._sessions.close(doomed, reason, age_seconds=age_seconds)
         if closed:
-            self.seconds.append(age_seconds + loop.time() - started)
+            self._observer.revocation_torn_down(age_seconds + loop.time() - started)
             self._spawn(self._record_closed(doomed, reason), "session events")
         return closed
 

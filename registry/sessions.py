@@ -37,10 +37,18 @@ from registry.model import (
     TenantId,
     Transport,
 )
+from registry.observation import NOBODY, AuthOutcome, CloseReason, Limit, Observer
 from registry.resolver import Resolver
 
 _CLOSING_AT_ONCE = 500
 """Sessions closed in one turn of the loop: more would hold up everybody else's traffic."""
+
+
+_COUNTED_AS = {
+    "kicked by an operator": CloseReason.KICKED,
+    "credential expired": CloseReason.EXPIRED,
+}
+"""Reasons of a closing that are not a revocation, as the metrics name them; `ended` has the peer's and the drain's."""
 
 
 class Closer(Protocol):
@@ -100,6 +108,7 @@ class SessionTable:
         max_sessions: int = 50_000,
         max_per_device: int = 100,
         polite_seconds: float = 2.0,
+        observer: Observer = NOBODY,
     ) -> None:
         """`polite_seconds`: how long a peer may take to let itself be closed, before its transport is aborted."""
         self.node_id = node_id
@@ -110,6 +119,7 @@ class SessionTable:
         self._max_sessions = max_sessions
         self._max_per_device = max_per_device
         self._polite_seconds = polite_seconds
+        self._observer = observer
         self._by_id: dict[SessionId, Session] = {}
         self._by_device: dict[DeviceId, dict[SessionId, Session]] = {}
         self._expiries: list[tuple[datetime, int, SessionId]] = []
@@ -123,24 +133,19 @@ class SessionTable:
         Raises Unauthenticated (refused by the fresh reading, or revoked meanwhile), ResourceExhausted (a limit),
         Unavailable (the database, or the revocation feed, is away). The caller calls `ended` when the connection ends.
         """
-        self._check_room(identity)
-        loop = asyncio.get_running_loop()
-        session = Session(SessionId(uuid4()), identity, contact, self._clock(), closer, last_active=loop.time())
-        self._insert(session)
         try:
-            session.identity = await self._resolver.recheck(identity, contact)
-            if session.closed:
-                raise Unauthenticated("revoked while the session was being opened")
-        except BaseException:
-            self.ended(session)
+            session = await self._open(identity, contact, closer)
+        except Unavailable:
+            self._observer.auth_attempted(contact.transport, AuthOutcome.UNAVAILABLE)
             raise
-        session.live = True
-        self._seen[session.device_id] = session.opened_at
-        self._expect_expiry(session)
+        self._observer.auth_attempted(contact.transport, AuthOutcome.ADMITTED)
         return session
 
     def ended(self, session: Session) -> None:
         """The connection is gone, whoever ended it. Idempotent."""
+        if session.live:  # nobody closed it here: its peer left, or its listener drains
+            reason = CloseReason.DRAIN if self._draining else CloseReason.PEER
+            self._observer.session_closed(session.contact.transport, reason)
         session.closed = True
         session.live = False
         if self._by_id.pop(session.session_id, None) is None:
@@ -198,7 +203,10 @@ class SessionTable:
         """Close these sessions concurrently: politely under a deadline, then abruptly."""
         loop = asyncio.get_running_loop()
         learned = loop.time()
+        counted_as = _COUNTED_AS.get(reason, CloseReason.REVOKED)
         for session in sessions:  # from here on no adapter acts for them any more
+            if session.live:
+                self._observer.session_closed(session.contact.transport, counted_as)
             session.closed = True
             session.live = False
         closed: list[ClosedSession] = []
@@ -255,14 +263,33 @@ class SessionTable:
 
     # -- the table -------------------------------------------------------------------------------------------------
 
+    async def _open(self, identity: Identity, contact: Contact, closer: Closer) -> Session:
+        self._check_room(identity)
+        loop = asyncio.get_running_loop()
+        session = Session(SessionId(uuid4()), identity, contact, self._clock(), closer, last_active=loop.time())
+        self._insert(session)
+        try:
+            session.identity = await self._resolver.recheck(identity, contact)
+            if session.closed:
+                raise Unauthenticated("revoked while the session was being opened")
+        except BaseException:
+            self.ended(session)
+            raise
+        session.live = True
+        self._seen[session.device_id] = session.opened_at
+        self._expect_expiry(session)
+        return session
+
     def _check_room(self, identity: Identity) -> None:
         if self._draining:
             raise Unavailable("this node is shutting down")
         if self._feed_lost_seconds() > self._feed_grace_seconds:
             raise Unavailable("this node has lost the database's events and admits nobody until they are back")
         if len(self._by_id) >= self._max_sessions:
+            self._observer.limit_hit(Limit.SESSIONS)
             raise ResourceExhausted(f"this node has its {self._max_sessions} sessions", retry_after=5.0)
         if len(self._by_device.get(identity.device_id, ())) >= self._max_per_device:
+            self._observer.limit_hit(Limit.SESSIONS_PER_DEVICE)
             raise ResourceExhausted(f"the device has its {self._max_per_device} sessions", retry_after=1.0)
 
     def _insert(self, session: Session) -> None:

@@ -146,6 +146,11 @@ class Uplinks:
         """What they weigh together, roughly."""
         return self._batcher.queued_weight
 
+    @property
+    def turned_away(self) -> int:
+        """Uplinks for which the queue had no room, since the start."""
+        return self._batcher.turned_away
+
     def submit(self, uplink: NewUplink) -> asyncio.Future[StoredUplink]:
         """Queue an uplink; the future is done when it is committed, or has the error.
 

@@ -86,6 +86,8 @@ class Streams:
         self._total = total
         self._per_tenant = per_tenant
         self._open: dict[TenantId, int] = {}
+        self.turned_away = 0
+        """Streams for which there was no room, for the metrics."""
 
     @property
     def open(self) -> int:
@@ -95,8 +97,10 @@ class Streams:
     def enter(self, tenant_id: TenantId) -> None:
         """Count one in; the caller counts it out with `leave`. Raises ResourceExhausted."""
         if self._open.get(tenant_id, 0) >= self._per_tenant:
+            self.turned_away += 1
             raise ResourceExhausted(f"this tenant has its {self._per_tenant} event streams", retry_after=5.0)
         if self.open >= self._total:
+            self.turned_away += 1
             raise ResourceExhausted(f"this node has its {self._total} event streams", retry_after=5.0)
         self._open[tenant_id] = self._open.get(tenant_id, 0) + 1
 

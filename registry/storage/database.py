@@ -32,19 +32,26 @@ _READ_ONLY = "25006"
 class Database:
     """A pool of connections to one PostgreSQL."""
 
-    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], dsn: str) -> None:
+    def __init__(self, pool: asyncpg.Pool[asyncpg.Record], dsn: str, connect_timeout: float) -> None:
         self._pool = pool
         self._dsn = dsn
+        self._connect_timeout = connect_timeout
 
     @classmethod
-    async def open(cls, dsn: str, *, size: int = 10, statement_timeout: float = 30.0) -> Database:
-        """Connect. `statement_timeout` in seconds bounds every statement. Raises Unavailable."""
+    async def open(
+        cls, dsn: str, *, size: int = 10, statement_timeout: float = 30.0, connect_timeout: float = 10.0
+    ) -> Database:
+        """Connect. Seconds: `statement_timeout` bounds every statement, `connect_timeout` every new connection.
+
+        Raises Unavailable.
+        """
         try:
             pool = await asyncpg.create_pool(
                 dsn,
                 min_size=min(2, size),
                 max_size=size,
                 command_timeout=statement_timeout,
+                timeout=connect_timeout,
                 init=_prepare_connection,
                 reset=_leave_as_it_is,
                 max_inactive_connection_lifetime=300,
@@ -54,7 +61,7 @@ class Database:
             if not is_away(error):
                 raise
             raise Unavailable(f"the database cannot be reached: {type(error).__name__}") from error
-        return cls(pool, dsn)
+        return cls(pool, dsn, connect_timeout)
 
     async def close(self) -> None:
         """Close the pool; waits for running statements a little, then cuts them."""
@@ -82,7 +89,7 @@ class Database:
         """A connection of its own outside the pool, for LISTEN. The caller closes it. Raises Unavailable."""
         with _mapped():
             connection = await asyncpg.connect(
-                self._dsn, timeout=ACQUIRE_SECONDS, server_settings={"application_name": "gatehouse-feed"}
+                self._dsn, timeout=self._connect_timeout, server_settings={"application_name": "gatehouse-feed"}
             )
             await _prepare_connection(connection)
             return connection

@@ -4,8 +4,9 @@
     issue     in the caller's transaction:  key free? ─► sign ─► certificate row issued ─► credential row
     commit    by the caller, together with the device or token or rotation that wanted it
 
-States of a certificate's row: `intended` → `issued`, or `intended` → `abandoned` (withdrawn, or its signer died and
-`tidy` gave it up after an hour). A serial is never used again, whatever became of it. A crash between intent and
+States of a certificate's row: `intended` → `issued`, or `intended` → `abandoned` (it was signed in a transaction that
+failed, or its signer died and `tidy` gave it up after an hour), or gone (withdrawn before it was signed, as by the
+losers of a race). A serial is never used again, whatever became of it. A crash between intent and
 signing leaves an intent; a crash between signing and commit leaves an intent too, and the signed bytes die with the
 process, which had shown them to nobody.
 
@@ -187,9 +188,10 @@ class Certificates:
 
     async def withdraw(self, prepared: PreparedIssue) -> None:
         """See ports.CertificateIssuer."""
+        give_up = certificates.withdraw if prepared.certificate.spent else certificates.forget
         try:
             async with self._database.connection() as connection:
-                await certificates.withdraw(connection, prepared.authority_id, prepared.certificate.intent.serial_hex)
+                await give_up(connection, prepared.authority_id, prepared.certificate.intent.serial_hex)
         except Unavailable:
             log.info("certificate.intent_left", extra={"fields": {"serial": prepared.certificate.intent.serial_hex}})
 

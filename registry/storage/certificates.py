@@ -143,11 +143,18 @@ async def finish(
 
 
 async def withdraw(connection: Connection, authority_id: UUID, serial: str) -> None:
-    """Give an intent up; nothing where it was finished."""
+    """Give an intent up whose certificate was signed and shown to nobody; nothing where it was finished."""
     await connection.execute(
         "UPDATE certificate SET status = 'abandoned' WHERE authority_id = $1 AND serial = $2 AND status = 'intended'",
         authority_id,
         serial,
+    )
+
+
+async def forget(connection: Connection, authority_id: UUID, serial: str) -> None:
+    """Delete an intent that nobody has signed; nothing where it was finished."""
+    await connection.execute(
+        "DELETE FROM certificate WHERE authority_id = $1 AND serial = $2 AND status = 'intended'", authority_id, serial
     )
 
 

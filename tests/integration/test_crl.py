@@ -19,6 +19,7 @@ from registry.model import DeviceStatus, TenantId
 from registry.ports import IssuedCertificate
 from registry.registration_tokens import Provisioned
 from registry.revocation_lists import RevocationList, reason_of
+from registry.storage import certificates
 from registry.storage.database import Database
 from registry.trust import roll_over
 from tests.certificate_services import CertificateServices, DeviceKey, leaf, openssl, verify
@@ -167,6 +168,31 @@ async def test_two_nodes_give_one_list_and_see_each_others_revocations(
             assert reasons(mine, [each.issued]) == ["unspecified"]
     finally:
         await second.close()
+
+
+async def test_a_number_is_taken_by_one_node_at_a_time(
+    dsn: str, services: CertificateServices, tenant_id: TenantId
+) -> None:
+    done = await services.provisioned(tenant_id)
+    authority_id = services.trust.live.id_of(services.trust.authorities.active)
+    first = await services.lists.current()
+    await revoke(services, done)
+    second = await Database.open(dsn, size=2)
+    try:
+        async with second.transaction() as connection:
+            await certificates.list_state(connection, authority_id, NOON, hold=True)
+            asked = asyncio.create_task(services.lists.current())
+            async with asyncio.timeout(10), second.connection() as watcher:
+                while not await watcher.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                    assert not asked.done()
+            await certificates.take_into_list(connection, authority_id, NOON, first.number + 1)
+            await certificates.put_list(
+                connection, authority_id, first.number + 1, b"the other node's", NOON, first.next_update
+            )
+        made = await asked
+    finally:
+        await second.close()
+    assert (made.number, made.der) == (first.number + 1, b"the other node's")
 
 
 async def test_lists_asked_for_while_revocations_commit_miss_none_that_was_before(

@@ -30,6 +30,9 @@ CBOR: Final = b"application/cbor"
 MAX_PARAMETERS: Final = 32
 """Of one query. The longest list of filters has ten."""
 
+_INTEGERS: Final = frozenset({"limit"})
+"""The parameters that are numbers. The converter's own coercion would take `0.5` for a time, and `5.0` for 5."""
+_INTEGER: Final = re.compile(r"(?:0|[1-9][0-9]{0,8})")
 _NUL_ESCAPE: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _UUID: Final = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
@@ -59,15 +62,15 @@ def decode_query(raw: bytes, model: type[T]) -> T:
         raise InvalidArgument(
             f"the query is not percent-encoded UTF-8 of at most {MAX_PARAMETERS} parameters"
         ) from None
-    values: dict[str, str] = {}
+    values: dict[str, str | int] = {}
     for name, value in pairs:
         if name in values:
             raise InvalidArgument(f"the query names {name[:100]} twice", field=name)
         if "\0" in value or "\0" in name:
             raise InvalidArgument("the query contains U+0000", field=name)
-        values[name] = value
+        values[name] = int(value) if name in _INTEGERS and _INTEGER.fullmatch(value) else value
     try:
-        return msgspec.convert(values, model, strict=False)
+        return msgspec.convert(values, model)
     except msgspec.ValidationError as error:
         raise invalid_value(error, "the query") from None
 

@@ -1,8 +1,8 @@
 """The OpenAPI 3.1 document, written from the operations (operations.py) and the types that decode and encode them.
 
 Schemas are msgspec's own JSON Schema of those types. What every operation of a kind may answer is said here once: who
-needs a credential may get 401 and 403, who sends a body 400, 413 and 415, who names an object 404, everybody 429, 500
-and 503. Refusals below the API (a request that is no HTTP, 408, 414, 431, 501) have the same shape and no operation.
+needs a credential may get 401 and 403, who sends a body 408, 413 and 415, who names an object 404, everybody 400, 414,
+429, 431, 500 and 503. What is no HTTP request at all is refused in the same shape and belongs to no operation.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ _REFUSALS: Final[Mapping[int, tuple[str, str, str]]] = {
     403: ("PermissionDenied", "PERMISSION_DENIED", "PERMISSION_DENIED"),
     404: ("NotFound", "NOT_FOUND: no such object in the caller's tenant", "NOT_FOUND"),
     409: ("AlreadyExists", "ALREADY_EXISTS", "ALREADY_EXISTS"),
+    408: ("TooSlow", "DEADLINE_EXCEEDED: the body came too slowly", "DEADLINE_EXCEEDED"),
     413: ("TooLarge", "INVALID_ARGUMENT: the body is larger than is served", "INVALID_ARGUMENT"),
+    414: ("TargetTooLong", "INVALID_ARGUMENT: path and query are longer than is served", "INVALID_ARGUMENT"),
     415: ("UnsupportedMediaType", "INVALID_ARGUMENT: the body's type is not served", "INVALID_ARGUMENT"),
     429: ("TooMany", "RESOURCE_EXHAUSTED: a limit or a quota", "RESOURCE_EXHAUSTED"),
+    431: ("HeadersTooLarge", "INVALID_ARGUMENT: the headers are larger than is served", "INVALID_ARGUMENT"),
     500: ("Internal", "INTERNAL: our bug; the correlation id finds it in the log", "INTERNAL"),
     503: ("Unavailable", "UNAVAILABLE: nothing was done, or nobody knows; try again", "UNAVAILABLE"),
 }
@@ -190,7 +193,7 @@ def _reply(reply: Reply, types: _Types) -> Json:
 
 
 def _refusals(each: Operation) -> list[int]:
-    statuses = {400, 429, 500, 503, *each.refusals}
+    statuses = {400, 414, 429, 431, 500, 503, *each.refusals}
     match ACCESS.get(each.operation_id):
         case Permission() | Public.DEVICE:
             statuses |= {401, 403}
@@ -199,7 +202,7 @@ def _refusals(each: Operation) -> list[int]:
         case unknown:
             assert_never(unknown)
     if each.body is not None:
-        statuses |= {413, 415}
+        statuses |= {408, 413, 415}
     if path_parameters(each.path):
         statuses.add(404)
     return sorted(statuses)

@@ -28,6 +28,7 @@ _VALUES: Final[Mapping[str, Json]] = {
     "type": "object",
     "minProperties": 1,
     "maxProperties": 1000,
+    "propertyNames": {"minLength": 1, "maxLength": 257},
     "additionalProperties": {"type": ["number", "boolean", "string", "null"], "maxLength": 4096},
 }
 _DATED: Final[Mapping[str, Json]] = {

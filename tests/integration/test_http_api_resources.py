@@ -1,4 +1,4 @@
-"""The operators' daily work over HTTP: what is made can be read, changed, listed and deleted; secrets are shown once."""
+"""The operators' daily work over HTTP: what is made is read, changed, listed and deleted; secrets are shown once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What devices send over HTTPS, by the hot handler and by the router alike: stored, idempotent, for oneself or a child."""
+"""What devices send over HTTPS, by the hot handler and by the router alike: stored, once, for oneself or a child."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ A caller that is cancelled leaves its item in the batch: the work may already be
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -113,13 +114,12 @@ class Batcher(Generic[Item, Result]):
         try:
             # One turn of the loop lets everything that became ready together join the first batch.
             await asyncio.sleep(0)
-            loop = asyncio.get_running_loop()
             while self._queue:
                 batch = self._take()
-                started = loop.time()
+                started = time.monotonic()
                 await self._settle(batch)
                 if self._observe is not None:
-                    self._observe(len(batch), loop.time() - started)
+                    self._observe(len(batch), time.monotonic() - started)
         finally:
             self._running.discard(task)
 

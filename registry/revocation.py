@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import datetime
@@ -166,11 +167,10 @@ class Teardown:
 
     async def _close(self, scope: Scope, reason: str, age_seconds: float) -> list[ClosedSession]:
         doomed = self._sessions.matching(scope)
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = time.monotonic()
         closed = await self._sessions.close(doomed, reason, age_seconds=age_seconds)
         if closed:
-            self._observer.revocation_torn_down(age_seconds + loop.time() - started)
+            self._observer.revocation_torn_down(age_seconds + time.monotonic() - started)
             self._spawn(self._record_closed(doomed, reason), "session events")
         return closed
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -201,8 +202,7 @@ class SessionTable:
 
     async def close(self, sessions: list[Session], reason: str, *, age_seconds: float = 0.0) -> list[ClosedSession]:
         """Close these sessions concurrently: politely under a deadline, then abruptly."""
-        loop = asyncio.get_running_loop()
-        learned = loop.time()
+        learned = time.monotonic()  # uvloop's own time has whole milliseconds
         counted_as = _COUNTED_AS.get(reason, CloseReason.REVOKED)
         for session in sessions:  # from here on no adapter acts for them any more
             if session.live:
@@ -305,7 +305,6 @@ class SessionTable:
         heapq.heappush(self._expiries, (session.identity.expires_at, session.session_id.int, session.session_id))
 
     async def _close_one(self, session: Session, reason: str) -> float:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._polite_seconds):
                 await session.closer.close(reason)
@@ -313,4 +312,4 @@ class SessionTable:
             session.closer.abort()
         finally:
             self.ended(session)
-        return loop.time()
+        return time.monotonic()

@@ -11,7 +11,8 @@ answered one after another in the order of their arrival (RFC 9112 §9.3.2): at 
 What waits is one of
 - `Exchange`: handed to the ASGI application as soon as its head is there; its body follows;
 - `HotRequest`: a small, complete request of a path that the hot handler accepts. The handler answers at once or with
-  a future; no task, no scope, one write. It may also decline, and the application gets the request;
+  a future; no task, no scope, one write. It may also decline, and the application gets the request. Devices repeat
+  themselves, so the last such head is kept, and one with the same words is not read again;
 - `Refusal`: the answer to bad input. It keeps its place in the order, is the last, and then the connection drains.
 
 Bounds: a head is counted as it comes in and refused while it is still incomplete; a body by its announced length, or as
@@ -32,7 +33,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol, assert_never, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, assert_never, cast
 from uuid import uuid4
 
 import httptools
@@ -48,6 +50,15 @@ if TYPE_CHECKING:
 _LOG: Final = logging.getLogger("gatehouse.http")
 
 _DISCARDED_BODY: Final = 65_536  # what is still to come of a body that nobody wants, rather than closing
+_REMEMBERED_HEAD: Final = 1_024  # bytes: a device's head has 300, and every open connection may keep one
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An answer that waits for `future`: `answer(future)` makes it, when that is done and not cancelled."""
+
+    future: asyncio.Future[Any]
+    answer: Callable[[asyncio.Future[Any]], Answer]
 
 
 class HotHandler(Protocol):
@@ -58,10 +69,12 @@ class HotHandler(Protocol):
 
     def handle(
         self, connection: HttpConnection, method: str, path: str, headers: Headers, body: bytes
-    ) -> Answer | Awaitable[Answer] | None:
+    ) -> Answer | Later | Awaitable[Answer] | None:
         """Answer now, promise an answer, or decline (None): then the application gets the request.
 
-        Runs inside the read callback, so it must not block. Header names are lower case. An exception becomes a 500.
+        Runs inside the read callback, so it must not block. Header names are lower case. `headers` must not be changed;
+        it is the same object as a request's before on this connection if, and only if, the two said the same in it. An
+        exception becomes a 500. `Later` costs the least, an awaitable a task.
         """
 
 
@@ -109,6 +122,7 @@ class HttpConnection(asyncio.Protocol):
         "_phase",
         "_read_size",
         "_receiving",
+        "_remembered",
         "_server",
         "_stall_at",
         "_target",
@@ -143,6 +157,7 @@ class HttpConnection(asyncio.Protocol):
         self._head_fed = 0
         self._read_size = 0
         self._head: Head | None = None
+        self._remembered: tuple[_Words, Head] | None = None
         self._receiving: Exchange | None = None
         self._body_parts: list[bytes] | None = None
         self._body_bytes = 0
@@ -325,14 +340,7 @@ class HttpConnection(asyncio.Protocol):
         assert parser is not None
         server = self._server
         self._check_head_size()
-        head = read_head(
-            parser.get_method().decode("ascii"),
-            parser.get_http_version(),
-            self._target,
-            self._headers,
-            keep_alive=parser.should_keep_alive(),
-            upgrade=parser.should_upgrade(),
-        )
+        head = self._read_head(parser)
         limits = server.limits
         length = head.length
         self._body_limit = limits.body_overrides.get(head.path, limits.max_body_bytes)
@@ -354,6 +362,7 @@ class HttpConnection(asyncio.Protocol):
             and server.hot.accepts(head.method, head.path)
         ):
             self._body_parts = []
+            self._remember(parser, head)
             if head.expects_continue and length and self._current is None:
                 self.write(CONTINUE)
             return
@@ -362,14 +371,33 @@ class HttpConnection(asyncio.Protocol):
             exchange.body_complete = True
         self._enqueue(exchange)
 
+    def _read_head(self, parser: httptools.HttpRequestParser) -> Head:
+        words = (parser.get_method(), parser.get_http_version(), self._target)
+        if self._remembered is not None:
+            known, head = self._remembered
+            if known == words and head.headers == self._headers:
+                return head
+            self._remembered = None
+        return read_head(
+            words[0].decode("ascii"),
+            words[1],
+            self._target,
+            self._headers,
+            keep_alive=parser.should_keep_alive(),
+            upgrade=parser.should_upgrade(),
+        )
+
+    def _remember(self, parser: httptools.HttpRequestParser, head: Head) -> None:
+        if self._remembered is None and _head_size(self._target, head.headers) <= _REMEMBERED_HEAD:
+            self._remembered = (parser.get_method(), parser.get_http_version(), self._target), head
+
     def _check_head_size(self) -> None:
         limits = self._server.limits
         if len(self._headers) > limits.max_header_count:
             self._refuse_here(_too_large_headers(f"more than {limits.max_header_count} headers"))
         if self._head_fed + self._read_size <= limits.max_header_bytes:
             return  # the usual head came whole in one small read
-        size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
-        if size > limits.max_header_bytes:
+        if _head_size(self._target, self._headers) > limits.max_header_bytes:
             self._refuse_here(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
 
     def on_body(self, part: bytes) -> None:
@@ -498,21 +526,26 @@ class HttpConnection(asyncio.Protocol):
         if isinstance(outcome, Answer):
             self._send_answer(request, outcome)
             return
-        future: asyncio.Future[Answer] = asyncio.ensure_future(outcome)
         self._server.in_flight += 1
-        future.add_done_callback(lambda done: self._hot_done(request, done))
+        if isinstance(outcome, Later):
+            outcome.future.add_done_callback(partial(self._hot_done, request, outcome.answer))
+        else:
+            asyncio.ensure_future(outcome).add_done_callback(partial(self._hot_done, request, _result))
 
-    def _hot_done(self, request: HotRequest, done: asyncio.Future[Answer]) -> None:
+    def _hot_done(
+        self, request: HotRequest, make: Callable[[asyncio.Future[Any]], Answer], done: asyncio.Future[Any]
+    ) -> None:
         self._server.in_flight -= 1
         if done.cancelled():
             refusal = Refusal(503, Code.UNAVAILABLE, "the server is stopping", retry_after=1)
             self._send_answer(request, refusal.answer(self.new_correlation_id()))
             return
-        error = done.exception()
-        if error is not None:
+        try:
+            answer = make(done)
+        except Exception as error:  # as above
             self._hot_failed(request, error)
-        else:
-            self._send_answer(request, done.result())
+            return
+        self._send_answer(request, answer)
 
     def _hot_failed(self, request: HotRequest, error: BaseException) -> None:
         correlation_id = self.new_correlation_id()
@@ -724,6 +757,15 @@ class HttpConnection(asyncio.Protocol):
 
 
 _NEVER: Final = float("inf")
+_Words = tuple[bytes, str, bytes]  # method, version and target, as they came
+
+
+def _head_size(target: bytes, headers: Headers) -> int:
+    return len(target) + sum(len(name) + len(value) + 4 for name, value in headers)
+
+
+def _result(done: asyncio.Future[Answer]) -> Answer:
+    return done.result()
 
 
 def _too_large_headers(what: str) -> Refusal:

@@ -1,6 +1,7 @@
 """Devices on HTTP connections: the first authenticated request opens a session, the following ones use it.
 
-    request ── key known on this connection, session open ──► used at once, no look-up
+    request ── the last one's very headers, session open ──► used at once, not even its key is read
+        ├───── key known on this connection, session open ─► used at once, no look-up
         └───── otherwise: admit ─► sessions.open ─► remembered on the connection
     connection closed, by whoever ──► sessions.ended for all of them
     credential revoked ──► the session's closer closes the connection (DESIGN, the funnel, 5)
@@ -32,6 +33,9 @@ MAX_PER_CONNECTION: Final = 8
 """Devices on one connection: what a gateway's connection pool mixes, not a way around the sessions' limits."""
 
 
+HeaderLines = list[tuple[bytes, bytes]]
+
+
 class Connection(Protocol):
     """What the server's connection offers here (connection.py)."""
 
@@ -54,6 +58,9 @@ class Book:
     """The sessions of one connection, or of one request without a connection, by the digest of their credential."""
 
     entries: list[tuple[bytes, Session]] = field(default_factory=list)
+    last: tuple[HeaderLines, Session] | None = None
+    """The headers of the last request and whose they were. The connection has one object for headers that say the same,
+    and its certificate does not change, so these headers are this session's as long as it is open."""
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def find(self, digest: bytes) -> Session | None:
@@ -79,13 +86,28 @@ class DeviceSessions:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
+    def repeated(self, connection: Connection, headers: HeaderLines) -> Session | None:
+        """The open session that a request with these very headers used before; cheapest. Marks it as active."""
+        book = connection.session
+        if not isinstance(book, Book) or book.last is None or book.last[0] is not headers:
+            return None
+        return self._if_open(book.last[1])
+
+    def remember(self, connection: Connection, headers: HeaderLines, session: Session) -> None:
+        """Requests with these very headers are the session's from now on."""
+        if isinstance(connection.session, Book):
+            connection.session.last = headers, session
+
     def current(self, connection: Connection, digest: bytes) -> Session | None:
         """The open session of a credential on its connection, if there is one; cheap. Marks it as active."""
         book = connection.session
         if not isinstance(book, Book):
             return None
         session = book.find(digest)
-        if session is None or session.closed:
+        return None if session is None else self._if_open(session)
+
+    def _if_open(self, session: Session) -> Session | None:
+        if session.closed:
             return None
         expires_at = session.identity.expires_at
         if expires_at is not None and expires_at <= self._registry.clock():
@@ -142,6 +164,7 @@ class DeviceSessions:
         for _, session in book.entries:
             self._registry.sessions.ended(session)
         book.entries.clear()
+        book.last = None
 
     def _forget_ended(self, book: Book) -> None:
         # An expired one that is not closed yet is closed by the table itself, which records it.

@@ -1,10 +1,12 @@
 """What devices send: uplinks and telemetry, from the bytes of a body to the acknowledgement after the commit.
 
-    server's hot hook ─► handle ──┐                     ┌─► payload ─► Uplinks.submit ─► commit ─► 202 {uplink_id}
-    Litestar's route ─► uplink/telemetry ─► own or child? ┘
+    hot hook ─┬─ handle, all of it ───────────────┐
+              └─ _answered ─► own or child? ──────┼─► payload ─► Uplinks.submit ─► commit ─► 202 {uplink_id}
+    Litestar ─── uplink/telemetry ─► own or child? ┘
 
-Both ways share the methods `uplink` and `telemetry`; the hot way only saves the router and its objects. It takes every
-POST to these two paths, and answers exactly as the other does.
+The hot hook takes every POST to these two paths and answers exactly as Litestar's routes do. A request of a session
+that this connection has, for its own device, waits for nothing but the commit, so it has no task: `handle` reads and
+submits, and the submitted uplink's future makes the answer. Whatever may have to ask the database first is `_answered`.
 
 A device sends for itself, or for a child whose `gateway_id` it is. For anything else it gets NOT_FOUND, whether the
 device exists or not. That a child is one's own is read from the database and believed for `CHILD_SECONDS`: so long a
@@ -18,10 +20,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Final, Protocol
+from functools import partial
+from typing import Annotated, Any, Final, NamedTuple, Protocol
 from uuid import UUID
 
 import msgspec
@@ -29,14 +32,15 @@ from msgspec import Meta
 
 from adapters.cbor import decode_cbor
 from adapters.http.allowances import Allowances
-from adapters.http.answer import Answer, HeaderList
+from adapters.http.answer import Answer
 from adapters.http.authentication import Authentication, DeviceEvidence, presented
 from adapters.http.bodies import CBOR, JSON, decode, media_type, uuid_in_path
-from adapters.http.device_sessions import Connection, DeviceSessions
+from adapters.http.connection import Later
+from adapters.http.device_sessions import Connection, DeviceSessions, HeaderLines
 from adapters.http.errors import answer_of, invalid_value
 from adapters.http.models import Request
 from adapters.http.operations import BASE
-from adapters.http.tracing import COMMON_HEADERS, correlation_id_of
+from adapters.http.tracing import COMMON_HEADERS, HEADER, correlation_id_of
 from registry.core import Registry
 from registry.errors import NotFound, RegistryError, Unauthenticated
 from registry.model import Contact, DeviceId, DeviceStatus, Json, Transport
@@ -50,6 +54,7 @@ from registry.payloads import (
     uplink_from,
 )
 from registry.sessions import Session
+from registry.uplinks import StoredUplink
 
 CHILD_SECONDS: Final = 5.0
 """How long a gateway's child is remembered as its own."""
@@ -62,6 +67,7 @@ _UPLINK_PREFIX: Final = BASE + "/devices/"
 _UPLINK_SUFFIX: Final = "/uplink"
 _UPLINK_LENGTH: Final = len(_UPLINK_PREFIX) + 36 + len(_UPLINK_SUFFIX)
 _MEDIA: Final = (JSON, CBOR)
+
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -108,6 +114,17 @@ class IntakeCounters:
     rejected: int = 0
 
 
+_Read = Callable[[Source, Headers, bytes], NewUplink]
+
+
+class _Trace(NamedTuple):
+    """What an answer is reported with: `began` in loop time."""
+
+    route: str
+    began: float
+    correlation_id: str
+
+
 class Intake:
     """Takes uplinks in. `handle` and `accepts` are the server's hot hook (connection.py)."""
 
@@ -140,29 +157,53 @@ class Intake:
         )
 
     def handle(
-        self, connection: Connection, method: str, path: str, headers: list[tuple[bytes, bytes]], body: bytes
-    ) -> Awaitable[Answer]:
+        self, connection: Connection, method: str, path: str, headers: HeaderLines, body: bytes
+    ) -> Answer | Later | Awaitable[Answer]:
         """Answer one request."""
-        return self._answered(connection, path, headers, body)
-
-    async def _answered(self, connection: Connection, path: str, headers: Headers, body: bytes) -> Answer:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        correlation_id = correlation_id_of(headers)
-        telemetry = path == TELEMETRY
+        session = self._sessions.repeated(connection, headers)
+        if session is None:
+            return self._answered(connection, path, headers, body)
+        identity = session.identity
+        route, device_id = _asked(path)
+        if device_id is not None and device_id != str(identity.device_id):
+            return self._answered(connection, path, headers, body)
+        trace = _Trace(route, session.last_active, correlation_id_of(headers))
         try:
-            session = await self._session(connection, headers, correlation_id)
-            if telemetry:
+            self._allowances.spend(identity.tenant_id, identity.credential_id, session.last_active)
+            source = Source(identity.tenant_id, identity.device_id, Transport.HTTPS)
+            read = self._read_telemetry if device_id is None else self._read_uplink
+            future = self._submit(read, source, headers, body)
+        except Exception as error:  # the end of this request, as Litestar's handlers are for theirs
+            return self._finish(trace, answer_of(error, trace.correlation_id))
+        return Later(future, partial(self._settled, trace))
+
+    def _settled(self, trace: _Trace, stored: asyncio.Future[StoredUplink]) -> Answer:
+        try:
+            answer = self._acknowledged(stored)
+        except Exception as error:  # as above
+            answer = answer_of(error, trace.correlation_id)
+        return self._finish(trace, answer)
+
+    async def _answered(self, connection: Connection, path: str, headers: HeaderLines, body: bytes) -> Answer:
+        route, device_id = _asked(path)
+        trace = _Trace(route, asyncio.get_running_loop().time(), correlation_id_of(headers))
+        try:
+            session = await self._session(connection, headers, trace.correlation_id)
+            if device_id is None:
                 answer = await self.telemetry(session, headers, body)
             else:
-                device_id = path[len(_UPLINK_PREFIX) : -len(_UPLINK_SUFFIX)]
                 answer = await self.uplink(session, device_id, headers, body)
-        except Exception as error:  # the end of this request, as Litestar's handlers are for theirs
-            answer = answer_of(error, correlation_id)
-        self._observer.http_answered(TELEMETRY if telemetry else UPLINK, "POST", answer.status, loop.time() - began)
-        return Answer(answer.status, answer.body, answer.headers + _common(correlation_id))
+        except Exception as error:  # as above
+            answer = answer_of(error, trace.correlation_id)
+        return self._finish(trace, answer)
 
-    async def _session(self, connection: Connection, headers: Headers, correlation_id: str) -> Session:
+    def _finish(self, trace: _Trace, answer: Answer) -> Answer:
+        seconds = asyncio.get_running_loop().time() - trace.began
+        self._observer.http_answered(trace.route, "POST", answer.status, seconds)
+        own = (HEADER, trace.correlation_id.encode())
+        return Answer(answer.status, answer.body, (*answer.headers, own, *COMMON_HEADERS))
+
+    async def _session(self, connection: Connection, headers: HeaderLines, correlation_id: str) -> Session:
         try:
             try:
                 credential = presented(headers, connection.peer_certificate_der)
@@ -175,6 +216,7 @@ class Intake:
                 contact = _contact(connection, correlation_id)
                 evidence = await self._authentication.device_evidence(credential, contact)
                 session = await self._sessions.on_connection(connection, evidence, contact)
+            self._sessions.remember(connection, headers, session)
         except Unauthenticated:
             self._allowances.spend_failure(connection.peer)
             raise
@@ -188,31 +230,46 @@ class Intake:
         """POST /devices/{device_id}/uplink, for an authenticated device. Raises what the caller should be told."""
         try:
             source = await self._source(session, device_id)
-            return await self._stored(self._read_uplink(source, media_type(headers, _MEDIA), body))
         except RegistryError:
             self.counters.rejected += 1
             raise
+        return await self._stored(self._submit(self._read_uplink, source, headers, body))
 
     async def telemetry(self, session: Session, headers: Headers, body: bytes) -> Answer:
         """POST /telemetry, for an authenticated device. Raises what the caller should be told."""
+        source = Source.of(session.identity, Transport.HTTPS)
+        return await self._stored(self._submit(self._read_telemetry, source, headers, body))
+
+    async def _stored(self, future: asyncio.Future[StoredUplink]) -> Answer:
+        await asyncio.wait((future,))
+        return self._acknowledged(future)
+
+    def _submit(self, read: _Read, source: Source, headers: Headers, body: bytes) -> asyncio.Future[StoredUplink]:
         try:
-            payload = self._payload(media_type(headers, _MEDIA), body)
-            source = Source.of(session.identity, Transport.HTTPS)
-            return await self._stored(telemetry_from(source, payload, message_id=_idempotency_key(headers)))
+            return self._registry.uplinks.submit(read(source, headers, body))
         except RegistryError:
             self.counters.rejected += 1
             raise
 
-    async def _stored(self, uplink: NewUplink) -> Answer:
-        stored = await self._registry.uplinks.submit(uplink)
+    def _acknowledged(self, done: asyncio.Future[StoredUplink]) -> Answer:
+        """The answer to an uplink whose outcome is known. Raises what went wrong."""
+        try:
+            stored = done.result()
+        except RegistryError:
+            self.counters.rejected += 1
+            raise
         if stored.duplicate:
             self.counters.duplicate += 1
         else:
             self.counters.stored += 1
         return Answer(202, b'{"uplink_id":"%b"}' % str(stored.uplink_id).encode())
 
-    def _read_uplink(self, source: Source, media: bytes, body: bytes) -> NewUplink:
-        if media == CBOR:
+    def _read_telemetry(self, source: Source, headers: Headers, body: bytes) -> NewUplink:
+        payload = self._payload(media_type(headers, _MEDIA), body)
+        return telemetry_from(source, payload, message_id=_idempotency_key(headers))
+
+    def _read_uplink(self, source: Source, headers: Headers, body: bytes) -> NewUplink:
+        if media_type(headers, _MEDIA) == CBOR:
             cbor = _converted(decode_cbor(body))
             payload = payload_from_value(cbor.payload, max_bytes=self._max_payload_bytes)
             return uplink_from(
@@ -270,5 +327,6 @@ def _contact(connection: Connection, correlation_id: str) -> Contact:
     return Contact(Transport.HTTPS, connection.peer, correlation_id)
 
 
-def _common(correlation_id: str) -> HeaderList:
-    return ((b"x-correlation-id", correlation_id.encode()), *COMMON_HEADERS)
+def _asked(path: str) -> tuple[str, str | None]:
+    """The route's template, and the device that the path names."""
+    return (TELEMETRY, None) if path == TELEMETRY else (UPLINK, path[len(_UPLINK_PREFIX) : -len(_UPLINK_SUFFIX)])

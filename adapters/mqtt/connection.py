@@ -1,0 +1,866 @@
+"""The server's side of one MQTT connection, without the network: bytes and `now` in, events and bytes out.
+
+Theory
+------
+    AWAITING_CONNECT ──CONNECT──► DECIDING ──accept()──► OPEN ──DISCONNECT, error, timeout, lost──► CLOSED
+            └───────── anything else ─────────┴──refuse()─────────────────────────────────────────────►┘
+
+`_LEGAL` says which packets each state takes; a missing one is a protocol error (5.0 §4.13.1). The shell's duties:
+
+    connection.receive(data, now)                    while `wants_read`; stop reading otherwise
+    while (event := connection.next_event(now)):     after every call into the connection or its session
+    while (data := connection.data_to_send(now)):    likewise; write it, and tell pause_writing / resume_writing
+    connection.tick(now) at next_timer()
+    connection.lost(now) when the network closes; close it when `closed` and everything is written
+
+Packets are taken from the buffer one at a time by `next_event`, and only while the server keeps up: not while it
+judges a CONNECT, SUBSCRIBE or UNSUBSCRIBE (so these take effect in their order), not while too many messages are
+being stored, not while the peer does not read our answers. What waits is bounded by `wants_read`. While we make the
+peer wait, its keep-alive does not run.
+
+PUBACKs leave in the order of their PUBLISHes, PUBRECs too [MQTT-4.6.0-2], [MQTT-4.6.0-3], whatever order the server
+answers in; PUBCOMP, PINGRESP and SUBACK wait for none of these. A peer that breaks the protocol gets the reason: in
+CONNACK before CONNECT is accepted, in DISCONNECT afterwards, and nothing in 3.1.1, which has no words for it; then the
+connection is closed, and the will is published as after any loss. Nothing raises RemoteProtocolError out of here.
+
+Aliases and quotas live and die with the connection [MQTT-3.3.2-7], 5.0 §4.9; all else is in the session.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Final
+
+from adapters.mqtt.machine_events import (
+    Cause,
+    ConnectRequested,
+    Ended,
+    Event,
+    PublishReceived,
+    ReleaseReceived,
+    SubscribeRequested,
+    UnsubscribeRequested,
+)
+from adapters.mqtt.machine_limits import MqttLimits
+from adapters.mqtt.properties import NO_PROPERTIES, Properties
+from adapters.mqtt.session import Incoming, Session
+from adapters.mqtt.session_values import (
+    NEVER,
+    Delivery,
+    Receipt,
+    Subscription,
+    message_of,
+    publish_of,
+)
+from adapters.mqtt.topics import Filter, InvalidTopic, TopicTooLong, parse_filter, parse_name
+from adapters.mqtt.wire import announced_version, decode, encode, packet_type
+from adapters.mqtt.wire_framing import Framer
+from adapters.mqtt.wire_packets import (
+    Ack,
+    Auth,
+    Connack,
+    Connect,
+    Disconnect,
+    Packet,
+    Ping,
+    Publish,
+    QoS,
+    RetainHandling,
+    Suback,
+    Subscribe,
+    SubscriptionRequest,
+    Unsuback,
+    Unsubscribe,
+)
+from adapters.mqtt.wire_reasons import (
+    CONNACK_RETURN_CODES,
+    REASONS_OF,
+    LocalProtocolError,
+    PacketType,
+    ReasonCode,
+    RemoteProtocolError,
+    Version,
+    violation,
+)
+
+
+class State(Enum):
+    """Where a connection stands."""
+
+    AWAITING_CONNECT = auto()
+    DECIDING = auto()
+    OPEN = auto()
+    CLOSED = auto()
+
+
+_LEGAL: Final[dict[State, frozenset[PacketType]]] = {
+    State.AWAITING_CONNECT: frozenset((PacketType.CONNECT,)),  # [MQTT-3.1.0-1]
+    State.DECIDING: frozenset(),
+    State.OPEN: frozenset(  # no second CONNECT [MQTT-3.1.0-2]; no AUTH without a method [MQTT-4.12.0-7]
+        (
+            PacketType.PUBLISH,
+            PacketType.PUBACK,
+            PacketType.PUBREC,
+            PacketType.PUBREL,
+            PacketType.PUBCOMP,
+            PacketType.SUBSCRIBE,
+            PacketType.UNSUBSCRIBE,
+            PacketType.PINGREQ,
+            PacketType.DISCONNECT,
+        )
+    ),
+    State.CLOSED: frozenset(),
+}
+_UNLIMITED: Final = 268_435_460  # the largest packet that there can be, header included
+_FOREVER: Final = 0xFFFF_FFFF  # a session expiry interval without end, 5.0 §3.1.2.11.2
+_MAY_EXPLAIN: Final = (PacketType.CONNACK, PacketType.DISCONNECT)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A subscription that now stands. `send_retained`: the matching retained messages are owed, after the SUBACK."""
+
+    subscription: Subscription
+    replaced: Subscription | None
+    send_retained: bool
+
+
+class _Pending:
+    """An incoming PUBLISH that is not acknowledged on this connection."""
+
+    __slots__ = ("packet_id", "reason", "receipt", "text")
+
+    def __init__(self, packet_id: int, receipt: Receipt | None, reason: ReasonCode | None) -> None:
+        self.packet_id = packet_id
+        self.receipt = receipt
+        self.reason = reason
+        self.text = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Subscribing:
+    packet_id: int
+    requests: tuple[tuple[SubscriptionRequest, Filter | None, ReasonCode | None], ...]
+    identifier: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsubscribing:
+    packet_id: int
+    filters: tuple[str, ...]
+
+
+class Connection:
+    """One network connection. Times are seconds on the caller's clock; nothing raises for the peer's faults."""
+
+    def __init__(self, limits: MqttLimits, now: float) -> None:
+        self.limits = limits
+        self.state = State.AWAITING_CONNECT
+        self.version: Version | None = None
+        self.session: Session | None = None
+        """The session from `accept` on, also after the end: its messages may still be being stored."""
+        self.client_id = ""
+        self._framer = Framer(limits.connect_bytes)
+        self._events: deque[Event] = deque()
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._connect: Connect | None = None
+        self._opened_at = now
+        self._heard_at = now
+        self._now = now
+        self._keep_alive = 0.0
+        self._partial_since: float | None = None
+        self._stalled_since: float | None = None
+        self._judging: _Subscribing | _Unsubscribing | None = None
+        # the peer's limits
+        self._max_packet = _UNLIMITED
+        self._window = limits.inflight
+        self._explain = True
+        self._aliases_allowed = 0
+        # incoming
+        self._aliases_in: dict[int, str] = {}
+        self._pending: dict[tuple[QoS, int], _Pending] = {}
+        self._pubacks: deque[_Pending] = deque()
+        self._pubrecs: deque[_Pending] = deque()
+        self._holding: set[int] = set()  # QoS 2 ids that count against our Receive Maximum
+        self._unanswered = 0
+        self._unanswered_bytes = 0
+        # outgoing
+        self._aliases_out: dict[str, int] = {}
+
+    # Network in -----------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the network is to be closed once everything is written."""
+        return self.state is State.CLOSED
+
+    @property
+    def wants_read(self) -> bool:
+        """Whether more bytes are welcome. False makes the peer wait; nothing is lost."""
+        if self.state is State.CLOSED:
+            return False
+        return self._keeps_up or self._framer.buffered == 0
+
+    def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
+        """Bytes from the network. What comes after the end is ignored."""
+        if self.state is State.CLOSED:
+            return
+        self._framer.feed(data)
+
+    def lost(self, now: float) -> None:
+        """The network is closed, by the peer or by a fault, without a DISCONNECT."""
+        self._finish(now, Cause.LOST, ReasonCode.UNSPECIFIED_ERROR, "the network closed", publish_will=True)
+        self._discard_output()
+
+    def next_event(self, now: float) -> Event | None:
+        """The next thing that the server has to know, taking packets from the buffer as far as it keeps up."""
+        self._now = now
+        while True:
+            if self._events:
+                return self._events.popleft()
+            if self.session is not None and self.session.events and self.state is State.OPEN:
+                return self.session.events.popleft()
+            if not self._take_packet(now):
+                return None
+
+    # Network out ----------------------------------------------------------------------------------------------------
+
+    def data_to_send(self, now: float) -> bytes:
+        """What is to be written now, empty for nothing. Call until empty; afterwards there may be events."""
+        if not self._out and self.state is State.OPEN and self.session is not None:
+            self.session.flush(now)
+        data = b"".join(self._out)
+        self._discard_output()
+        return data
+
+    def pause_writing(self, now: float) -> None:
+        """The network takes no more for now."""
+        if self._stalled_since is None:
+            self._stalled_since = now
+
+    def resume_writing(self, now: float) -> None:
+        """The network takes more again."""
+        self._stalled_since = None
+        self._heard_at = now  # we did not listen meanwhile
+
+    # Time -----------------------------------------------------------------------------------------------------------
+
+    def next_timer(self) -> float | None:
+        """When `tick` is to be called, None for never. May be early; it never is late."""
+        due = self._due()
+        return min((at for at, _, _ in due), default=None)
+
+    def tick(self, now: float) -> None:
+        """End the connection if one of its times is over."""
+        if self.state is State.OPEN and not self._keeps_up:
+            self._heard_at = now
+            self._partial_since = None if self._partial_since is None else now
+        for at, reason, text in self._due():
+            if at <= now:
+                self._end(now, Cause.TIMEOUT, reason, text)
+                return
+
+    # The server's answers -------------------------------------------------------------------------------------------
+
+    def accept(
+        self,
+        session: Session,
+        *,
+        session_present: bool,
+        now: float,
+        client_id: str | None = None,
+        response_information: str | None = None,
+    ) -> None:
+        """Admit the CONNECT, with its session: a new one, or the client's own if clean start is not set.
+
+        Whoever had the session is to be disconnected first (SESSION_TAKEN_OVER). `client_id` is the assigned one, for
+        a client that sent none [MQTT-3.2.2-16]. What the session has for the client is sent after CONNACK.
+        """
+        connect = self._decided()
+        if session_present and connect.clean_start:
+            raise LocalProtocolError("clean start starts with a new session")  # [MQTT-3.2.2-2]
+        if bool(connect.client_id) == (client_id is not None):
+            raise LocalProtocolError("a client id is assigned exactly when the client has none")
+        self.session = session
+        self.client_id = client_id or connect.client_id
+        self.state = State.OPEN
+        self._framer.max_packet = self.limits.packet_bytes
+        self._heard_at = now
+        expiry = self._granted_expiry(connect)
+        properties = NO_PROPERTIES
+        if connect.version is Version.V5:
+            properties = self._connack_properties(connect, expiry, client_id, response_information)
+        else:
+            self._keep_alive = float(connect.keep_alive)
+        self._send(Connack(session_present, ReasonCode.SUCCESS, properties), now)
+        if self.state is State.OPEN:  # the peer's Maximum Packet Size may not even allow CONNACK
+            session.attach(self, expiry, connect.will, now)
+
+    def refuse(self, reason: ReasonCode, now: float, text: str = "") -> None:
+        """Do not admit the CONNECT. 3.1.1 gets the return code that says it, or just a closed connection."""
+        self._decided()
+        self._refuse(reason, now, Cause.REFUSED, text)
+
+    def subscribed(self, packet_id: int, reasons: Sequence[ReasonCode], now: float) -> tuple[Granted, ...]:
+        """One reason for each request of SubscribeRequested: the granted QoS, or a failure. Sends SUBACK.
+
+        The answer lists what now stands; give it to the table of subscriptions, then deliver the retained messages.
+        """
+        if self.state is not State.OPEN or self.session is None:
+            return ()
+        judged = self._judging
+        if not isinstance(judged, _Subscribing) or judged.packet_id != packet_id:
+            raise LocalProtocolError(f"no SUBSCRIBE {packet_id} waits for an answer")
+        if len(reasons) != sum(preset is None for _, _, preset in judged.requests):
+            raise LocalProtocolError("one reason for each request")
+        self._judging = None
+        self._heard_at = now
+        answers: list[ReasonCode] = []
+        granted: list[Granted] = []
+        given = iter(reasons)
+        for request, topic_filter, preset in judged.requests:
+            reason = next(given) if preset is None else preset
+            answers.append(reason)
+            if reason.failed or topic_filter is None:
+                continue
+            granted.append(self._grant(self.session, request, topic_filter, reason, judged.identifier))
+        self._send(Suback(packet_id, tuple(answers)), now)
+        return tuple(granted)
+
+    def unsubscribed(self, packet_id: int, now: float) -> None:
+        """The subscriptions of UnsubscribeRequested are gone from the server's table. Sends UNSUBACK."""
+        if self.state is not State.OPEN or self.session is None:
+            return
+        judged = self._judging
+        if not isinstance(judged, _Unsubscribing) or judged.packet_id != packet_id:
+            raise LocalProtocolError(f"no UNSUBSCRIBE {packet_id} waits for an answer")
+        self._judging = None
+        self._heard_at = now
+        reasons = tuple(
+            ReasonCode.NO_SUBSCRIPTION_EXISTED if self.session.unsubscribe(text) is None else ReasonCode.SUCCESS
+            for text in judged.filters
+        )
+        self._send(Unsuback(packet_id, reasons), now)  # also where nothing was deleted [MQTT-3.10.4-5]
+
+    def disconnect(self, reason: ReasonCode, now: float, *, publish_will: bool = True, text: str = "") -> None:
+        """End the connection from our side: revocation (no will), takeover, shutting down. Idempotent."""
+        if self.state is State.OPEN:
+            self._say_goodbye(reason, text, now)
+        elif self.state is not State.CLOSED and self._connect is not None:
+            self._send_refusal(reason, text, now)
+        self._finish(now, Cause.CLOSED, reason, text, publish_will=publish_will)
+
+    # What the session sends through ---------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether PUBLISH packets may be sent now."""
+        return self.state is State.OPEN and self._stalled_since is None and self._out_bytes < self.limits.write_bytes
+
+    @property
+    def window(self) -> int:
+        """The peer's Receive Maximum, or our cap when that is less [MQTT-3.3.4-9]."""
+        return self._window
+
+    def publish(self, delivery: Delivery, packet_id: int, dup: bool, now: float) -> bool:
+        """Send PUBLISH, with an alias where the peer allows one; False when it is too large [MQTT-3.1.2-24]."""
+        if self.version is not Version.V5:
+            message = delivery.message
+            packet = Publish(message.topic, message.payload, delivery.qos, delivery.retain, dup, packet_id)
+            self._write(encode(packet, Version.V311))
+            return True
+        packet = publish_of(delivery, packet_id, dup, now)
+        topic = packet.topic
+        alias = self._aliases_out.get(topic)
+        if alias is not None:
+            packet = replace(packet, topic="", properties=replace(packet.properties, topic_alias=alias))
+        elif len(self._aliases_out) < self._aliases_allowed:
+            alias = len(self._aliases_out) + 1
+            packet = replace(packet, properties=replace(packet.properties, topic_alias=alias))
+        data = encode(packet, Version.V5)
+        if len(data) > self._max_packet:
+            return False
+        if alias is not None:
+            self._aliases_out[topic] = alias
+        self._write(data)
+        return True
+
+    def release(self, packet_id: int, reason: ReasonCode) -> None:
+        """Send PUBREL."""
+        self._acknowledge(PacketType.PUBREL, packet_id, reason)
+
+    def complete(self, packet_id: int, reason: ReasonCode) -> None:
+        """Send PUBCOMP."""
+        self._holding.discard(packet_id)
+        self._acknowledge(PacketType.PUBCOMP, packet_id, reason)
+
+    def answered(self, receipt: Receipt, reason: ReasonCode, text: str, now: float) -> None:
+        """An incoming message is stored or refused: acknowledge it as soon as those before it are."""
+        self._now = now
+        assert self.session is not None
+        if receipt.epoch == self.session.epoch:
+            self._unanswered -= 1
+            self._unanswered_bytes -= receipt.size
+            if self._keeps_up:
+                self._heard_at = max(self._heard_at, now)
+        if receipt.qos is QoS.AT_MOST_ONCE:
+            if reason.failed and receipt.epoch == self.session.epoch:
+                self._end(now, Cause.VIOLATION, reason, text or "a message that is refused")
+            return
+        pending = self._pending.get((receipt.qos, receipt.packet_id))
+        if pending is None or (receipt.qos is QoS.AT_LEAST_ONCE and pending.receipt != receipt):
+            return
+        pending.reason = reason
+        pending.text = text
+        if receipt.qos is QoS.AT_LEAST_ONCE:
+            self._flush_acks(self._pubacks, PacketType.PUBACK, now)
+        else:
+            self._flush_acks(self._pubrecs, PacketType.PUBREC, now)
+
+    # Packets --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _keeps_up(self) -> bool:
+        """Whether the next packet may be taken."""
+        return (
+            self.state in (State.AWAITING_CONNECT, State.OPEN)
+            and self._judging is None
+            and self._stalled_since is None
+            and self._unanswered < self.limits.unanswered_messages
+            and self._unanswered_bytes < self.limits.unanswered_bytes
+        )
+
+    def _take_packet(self, now: float) -> bool:
+        if not self._keeps_up:
+            return False
+        first = 0
+        body = b""
+        try:
+            frame = self._framer.next()
+            if frame is None:
+                if self._framer.buffered == 0:
+                    self._partial_since = None
+                elif self._partial_since is None:
+                    self._partial_since = now
+                return False
+            self._partial_since = None
+            first, body = frame
+            kind = packet_type(first)
+            if kind not in _LEGAL[self.state]:
+                raise violation(f"{kind.name} in state {self.state.name}")
+            packet = decode(first, body, self.version, self.limits.wire)
+            self._heard_at = now
+            self._handle(packet, now)
+        except RemoteProtocolError as error:
+            if self.state is State.AWAITING_CONNECT:
+                self._connect_failed(first, body, error, now)
+            else:
+                self._end(now, Cause.VIOLATION, error.reason, error.text)
+        return True
+
+    def _handle(self, packet: Packet, now: float) -> None:
+        match packet:
+            case Publish():
+                self._on_publish(packet, now)
+            case Ack(type=PacketType.PUBREL):
+                self._on_release(packet)
+            case Ack():
+                self._session.acknowledged(packet.type, packet.packet_id, packet.reason, now)
+            case Ping():
+                self._send(Ping(PacketType.PINGRESP), now)  # [MQTT-3.12.4-1]
+            case Subscribe():
+                self._on_subscribe(packet, now)
+            case Unsubscribe():
+                self._on_unsubscribe(packet)
+            case Disconnect():
+                self._on_disconnect(packet, now)
+            case Connect():
+                self._on_connect(packet, now)
+            case Connack() | Suback() | Unsuback() | Auth():
+                raise LocalProtocolError("the table of states let a server's packet through")
+
+    @property
+    def _session(self) -> Session:
+        assert self.session is not None
+        return self.session
+
+    def _on_connect(self, connect: Connect, now: float) -> None:
+        self.version = connect.version
+        self._connect = connect
+        self._read_peer_limits(connect)
+        if connect.properties.authentication_method is not None:
+            text = "no enhanced authentication is supported"
+            self._refuse(ReasonCode.BAD_AUTHENTICATION_METHOD, now, Cause.REFUSED, text)  # [MQTT-4.12.0-1]
+            return
+        if not connect.client_id and not connect.clean_start and connect.version is Version.V311:
+            text = "a client without an id must ask for a clean session"
+            self._refuse(ReasonCode.CLIENT_IDENTIFIER_NOT_VALID, now, Cause.VIOLATION, text)  # 3.1.1 [MQTT-3.1.3-8]
+            return
+        size = len(connect.client_id.encode())
+        if size > self.limits.client_id_bytes or not connect.client_id.isprintable():
+            text = f"a client id of {size} bytes, or with control characters"
+            self._refuse(ReasonCode.CLIENT_IDENTIFIER_NOT_VALID, now, Cause.VIOLATION, text)
+            return
+        if connect.will is not None:
+            self._levels(connect.will.topic)
+            self._check_response_topic(connect.will.properties)
+        self.state = State.DECIDING
+        self._events.append(ConnectRequested(connect))
+
+    def _read_peer_limits(self, connect: Connect) -> None:
+        properties = connect.properties
+        self._max_packet = properties.maximum_packet_size or _UNLIMITED
+        self._window = min(properties.receive_maximum or 0xFFFF, self.limits.inflight)  # [MQTT-4.9.0-1]
+        self._explain = properties.request_problem_information != 0
+        self._aliases_allowed = min(properties.topic_alias_maximum or 0, self.limits.topic_aliases_out)
+
+    def _on_publish(self, packet: Publish, now: float) -> None:
+        properties = packet.properties
+        if properties.subscription_identifiers:
+            raise violation("a subscription identifier from a client")  # [MQTT-3.3.4-6]
+        topic = self._resolve_alias(packet)
+        levels = self._levels(topic)
+        self._check_response_topic(properties)
+        if packet.qos is QoS.AT_MOST_ONCE:
+            self._announce(packet, topic, levels, now)
+            return
+        queue = self._pubacks if packet.qos is QoS.AT_LEAST_ONCE else self._pubrecs
+        repeated = self._pending.get((packet.qos, packet.packet_id))
+        if repeated is not None:
+            if packet.qos is QoS.AT_LEAST_ONCE and not packet.dup:
+                raise violation("a packet identifier that is in use")  # [MQTT-2.2.1-3]
+            return  # the acknowledgement that is on its way answers both
+        self._check_receive_maximum(packet)
+        if packet.qos is QoS.AT_LEAST_ONCE:
+            pending = _Pending(packet.packet_id, self._announce(packet, topic, levels, now), None)
+        else:
+            match self._session.incoming.get(packet.packet_id):
+                case None:
+                    pending = _Pending(packet.packet_id, self._announce(packet, topic, levels, now), None)
+                case Incoming.STORING:  # begun on an earlier connection; its answer will be this one's
+                    pending = _Pending(packet.packet_id, None, None)
+                case Incoming.STORED:  # [MQTT-4.3.3-10]
+                    pending = _Pending(packet.packet_id, None, ReasonCode.SUCCESS)
+                case Incoming.RELEASING:
+                    raise violation("a packet identifier between PUBREL and PUBCOMP")
+            self._holding.add(packet.packet_id)
+        self._pending[packet.qos, packet.packet_id] = pending
+        queue.append(pending)
+        if pending.reason is not None:
+            self._flush_acks(queue, PacketType.PUBREC, now)
+
+    def _announce(self, packet: Publish, topic: str, levels: tuple[str, ...], now: float) -> Receipt:
+        message = message_of(packet, topic, now)
+        receipt = self._session.receipt(packet.packet_id, packet.qos, message.size)
+        self._unanswered += 1
+        self._unanswered_bytes += message.size
+        self._events.append(PublishReceived(receipt, message, levels))
+        return receipt
+
+    def _check_receive_maximum(self, packet: Publish) -> None:
+        if self.version is Version.V5:
+            if packet.packet_id in self._holding and packet.qos is QoS.EXACTLY_ONCE:
+                return
+            if len(self._pubacks) + len(self._holding) >= self.limits.receive_maximum:
+                text = f"more than {self.limits.receive_maximum} unacknowledged messages"
+                raise RemoteProtocolError(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, text)  # 5.0 §4.9
+        if packet.qos is QoS.EXACTLY_ONCE and packet.packet_id not in self._session.incoming:
+            allowed = max(self.limits.unreleased, self.limits.receive_maximum)
+            if len(self._session.incoming) >= allowed:
+                text = f"more than {allowed} messages of QoS 2 that are not released"
+                raise RemoteProtocolError(ReasonCode.QUOTA_EXCEEDED, text)
+
+    def _resolve_alias(self, packet: Publish) -> str:
+        alias = packet.properties.topic_alias
+        if alias is None:
+            return packet.topic
+        if alias > self.limits.topic_aliases_in:  # [MQTT-3.3.2-9]
+            text = f"topic alias {alias}; {self.limits.topic_aliases_in} are allowed"
+            raise RemoteProtocolError(ReasonCode.TOPIC_ALIAS_INVALID, text)
+        if packet.topic:
+            self._levels(packet.topic)  # nothing that is not a topic is kept
+            self._aliases_in[alias] = packet.topic
+            return packet.topic
+        topic = self._aliases_in.get(alias)
+        if topic is None:
+            raise violation("a topic alias that was never set")  # 5.0 §3.3.4
+        return topic
+
+    def _levels(self, topic: str) -> tuple[str, ...]:
+        try:
+            return parse_name(topic, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
+        except InvalidTopic as error:
+            raise RemoteProtocolError(ReasonCode.TOPIC_NAME_INVALID, str(error)) from None
+
+    def _check_response_topic(self, properties: Properties) -> None:
+        if properties.response_topic is not None:
+            self._levels(properties.response_topic)  # [MQTT-3.3.2-14]
+
+    def _on_release(self, packet: Ack) -> None:
+        if self._session.release(packet.packet_id):
+            self._events.append(ReleaseReceived(packet.packet_id))
+
+    def _on_subscribe(self, packet: Subscribe, now: float) -> None:
+        limits = self.limits
+        identifiers = packet.properties.subscription_identifiers
+        known = set(self._session.subscriptions)
+        judged: list[tuple[SubscriptionRequest, Filter | None, ReasonCode | None]] = []
+        for request in packet.requests:
+            topic_filter = self._filter(request.filter)
+            if topic_filter is None:
+                judged.append((request, None, ReasonCode.TOPIC_FILTER_INVALID))
+                continue
+            if request.no_local and topic_filter.group is not None:
+                raise violation("no local on a shared subscription")  # [MQTT-3.8.3-4]
+            if request.filter not in known and len(known) >= limits.subscriptions:
+                judged.append((request, None, ReasonCode.QUOTA_EXCEEDED))
+                continue
+            known.add(request.filter)
+            judged.append((request, topic_filter, None))
+        identifier = identifiers[0] if identifiers else None
+        self._judging = _Subscribing(packet.packet_id, tuple(judged), identifier)
+        asked = tuple(request for request, _, preset in judged if preset is None)
+        if not asked:
+            self.subscribed(packet.packet_id, (), now)
+            return
+        self._events.append(SubscribeRequested(packet.packet_id, asked, identifier))
+
+    def _on_unsubscribe(self, packet: Unsubscribe) -> None:
+        for text in packet.filters:
+            self._filter(text)
+        known = self._session.subscriptions
+        ending = tuple(known[text] for text in dict.fromkeys(packet.filters) if text in known)
+        self._judging = _Unsubscribing(packet.packet_id, packet.filters)
+        self._events.append(UnsubscribeRequested(packet.packet_id, ending))
+
+    def _filter(self, text: str) -> Filter | None:
+        """The parsed filter; None when it is one, and above a limit of ours."""
+        try:
+            return parse_filter(text, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
+        except TopicTooLong:
+            return None
+        except InvalidTopic as error:
+            raise RemoteProtocolError(ReasonCode.TOPIC_FILTER_INVALID, str(error)) from None
+
+    def _grant(
+        self,
+        session: Session,
+        request: SubscriptionRequest,
+        topic_filter: Filter,
+        reason: ReasonCode,
+        identifier: int | None,
+    ) -> Granted:
+        if reason > request.qos:
+            raise LocalProtocolError(f"QoS {reason:d} granted; {request.qos:d} was asked for")
+        subscription = Subscription(
+            topic_filter,
+            QoS(reason),
+            request.no_local,
+            request.retain_as_published,
+            request.retain_handling,
+            identifier,
+        )
+        replaced = session.subscriptions.get(request.filter)
+        session.subscriptions[request.filter] = subscription  # [MQTT-3.8.4-3]
+        wanted = request.retain_handling is RetainHandling.SEND or (
+            request.retain_handling is RetainHandling.SEND_IF_NEW and replaced is None
+        )
+        return Granted(subscription, replaced, wanted and topic_filter.group is None)  # 5.0 §4.8.2: not for shared
+
+    def _on_disconnect(self, packet: Disconnect, now: float) -> None:
+        expiry = None
+        interval = packet.properties.session_expiry_interval
+        if packet.properties.server_reference is not None:
+            raise violation("a server reference from a client")  # 5.0 §3.14.2.2.5
+        if interval is not None:
+            assert self._connect is not None
+            if interval and not self._connect.properties.session_expiry_interval:
+                raise violation("a session expiry where CONNECT had none")  # 5.0 §3.14.2.2.2
+            expiry = self._expiry(interval)
+        normal = packet.reason is ReasonCode.SUCCESS  # then the will is dropped [MQTT-3.14.4-3]
+        self._finish(now, Cause.DISCONNECTED, packet.reason, "", publish_will=not normal, expiry=expiry)
+        self._discard_output()
+
+    # Negotiation ----------------------------------------------------------------------------------------------------
+
+    def _decided(self) -> Connect:
+        if self.state is not State.DECIDING or self._connect is None:
+            raise LocalProtocolError(f"no CONNECT waits for a decision in state {self.state.name}")
+        return self._connect
+
+    def _granted_expiry(self, connect: Connect) -> float:
+        if connect.version is Version.V311:
+            return 0.0 if connect.clean_start else self.limits.session_expiry
+        return self._expiry(connect.properties.session_expiry_interval or 0)
+
+    def _expiry(self, interval: int) -> float:
+        return min(NEVER if interval == _FOREVER else float(interval), self.limits.session_expiry)
+
+    def _connack_properties(
+        self, connect: Connect, expiry: float, client_id: str | None, response_information: str | None
+    ) -> Properties:
+        asked = connect.properties.session_expiry_interval or 0
+        given = _FOREVER if expiry == NEVER else int(expiry)
+        most = self.limits.keep_alive
+        shorter = bool(most) and (connect.keep_alive == 0 or connect.keep_alive > most)
+        self._keep_alive = float(most if shorter else connect.keep_alive)
+        wanted = bool(connect.properties.request_response_information)  # [MQTT-3.1.2-28]
+        receive_maximum = self.limits.receive_maximum
+        return Properties(
+            session_expiry_interval=given if given != asked else None,
+            receive_maximum=receive_maximum if receive_maximum != 0xFFFF else None,
+            maximum_packet_size=self.limits.packet_bytes,
+            topic_alias_maximum=self.limits.topic_aliases_in or None,
+            assigned_client_identifier=client_id,
+            server_keep_alive=most if shorter else None,
+            response_information=response_information if wanted else None,
+        )
+
+    # Acknowledgements -----------------------------------------------------------------------------------------------
+
+    def _flush_acks(self, queue: deque[_Pending], kind: PacketType, now: float) -> None:
+        qos = QoS.AT_LEAST_ONCE if kind is PacketType.PUBACK else QoS.EXACTLY_ONCE
+        while queue and queue[0].reason is not None and self.state is State.OPEN:
+            pending = queue.popleft()
+            reason = pending.reason
+            assert reason is not None
+            del self._pending[qos, pending.packet_id]
+            if reason.failed:
+                if qos is QoS.EXACTLY_ONCE:
+                    self._holding.discard(pending.packet_id)
+                if self.version is Version.V311:  # it has no words for a refusal [MQTT-3.3.5-2]
+                    self._end(now, Cause.VIOLATION, reason, pending.text or "a message that is refused")
+                    return
+            self._send(Ack(kind, pending.packet_id, reason, _reason_string(pending.text)), now)
+
+    def _acknowledge(self, kind: PacketType, packet_id: int, reason: ReasonCode) -> None:
+        if self.state is State.OPEN:
+            self._send(Ack(kind, packet_id, reason), self._now)
+
+    # Sending --------------------------------------------------------------------------------------------------------
+
+    def _send(self, packet: Packet, now: float) -> None:
+        """Send anything but PUBLISH, without its texts where they do not fit or are not wanted."""
+        version = self.version or Version.V311
+        properties = getattr(packet, "properties", NO_PROPERTIES)
+        data = encode(packet, version)
+        kind = packet_type(data[0])
+        told = properties.reason_string is not None or properties.user_properties
+        if told and ((not self._explain and kind not in _MAY_EXPLAIN) or len(data) > self._max_packet):
+            # [MQTT-3.1.2-29], and for the size [MQTT-3.2.2-19], [MQTT-3.4.2-2] and alike
+            bare = replace(properties, reason_string=None, user_properties=())
+            data = encode(_with_properties(packet, NO_PROPERTIES if bare == NO_PROPERTIES else bare), version)
+        if len(data) > self._max_packet:  # [MQTT-3.1.2-24]: then there is nothing that we may say
+            self._finish(
+                now, Cause.VIOLATION, ReasonCode.PACKET_TOO_LARGE, "a maximum packet size that no answer fits",
+                publish_will=True,
+            )  # fmt: skip
+            return
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        self._out.append(data)
+        self._out_bytes += len(data)
+
+    def _discard_output(self) -> None:
+        self._out.clear()
+        self._out_bytes = 0
+
+    # The end --------------------------------------------------------------------------------------------------------
+
+    def _connect_failed(self, first: int, body: bytes, error: RemoteProtocolError, now: float) -> None:
+        """A first packet that is not a CONNECT, or not a valid one."""
+        if self.version is None and first >> 4 == PacketType.CONNECT:
+            try:
+                self.version = announced_version(body)
+                if self.version is None:  # the answer in the form that this client can read
+                    newer = body[:6] == b"\0\x04MQTT" and body[6] & 0x7F > Version.V5
+                    self.version = Version.V5 if newer else Version.V311
+                self._connect = self._connect or Connect(self.version, "")
+            except RemoteProtocolError:
+                pass  # no MQTT at all: it would not understand an answer
+        self._send_refusal(error.reason, error.text, now)
+        self._finish(now, Cause.VIOLATION, error.reason, error.text, publish_will=False)
+
+    def _refuse(self, reason: ReasonCode, now: float, cause: Cause, text: str) -> None:
+        self._send_refusal(reason, text, now)
+        self._finish(now, cause, reason, text, publish_will=False)
+
+    def _send_refusal(self, reason: ReasonCode, text: str, now: float) -> None:
+        """CONNACK with a failure, where the version has one for it. 5.0 §4.13.2, 3.1.1 [MQTT-3.2.2-6]."""
+        if self._connect is None or self.version is None:
+            return
+        if self.version is Version.V5:
+            spoken = reason if reason in REASONS_OF[PacketType.CONNACK] else ReasonCode.UNSPECIFIED_ERROR
+            self._send(Connack(False, spoken, _reason_string(text)), now)
+        elif reason in CONNACK_RETURN_CODES:
+            self._send(Connack(False, reason), now)
+
+    def _say_goodbye(self, reason: ReasonCode, text: str, now: float) -> None:
+        """DISCONNECT with the reason in 5.0; 3.1.1 has none from a server."""
+        if self.version is Version.V5:
+            spoken = reason if reason in REASONS_OF[PacketType.DISCONNECT] else ReasonCode.UNSPECIFIED_ERROR
+            self._send(Disconnect(spoken, _reason_string(text)), now)
+
+    def _end(self, now: float, cause: Cause, reason: ReasonCode, text: str) -> None:
+        if self.state is State.OPEN:
+            self._say_goodbye(reason, text, now)
+        self._finish(now, cause, reason, text, publish_will=True)
+
+    def _finish(
+        self,
+        now: float,
+        cause: Cause,
+        reason: ReasonCode,
+        text: str,
+        *,
+        publish_will: bool,
+        expiry: float | None = None,
+    ) -> None:
+        if self.state is State.CLOSED:
+            return
+        attached = self.state is State.OPEN
+        self.state = State.CLOSED
+        self._framer.clear()
+        self._judging = None
+        self._pending.clear()
+        self._pubacks.clear()
+        self._pubrecs.clear()
+        if attached and self.session is not None and self.session.attached:
+            self.session.detach(now, publish_will=publish_will, expiry=expiry)
+        self._events.append(Ended(cause, reason, text))
+
+    def _due(self) -> list[tuple[float, ReasonCode, str]]:
+        limits = self.limits
+        due: list[tuple[float, ReasonCode, str]] = []
+        if self.state is State.AWAITING_CONNECT:
+            at = self._opened_at + limits.connect_timeout
+            due.append((at, ReasonCode.MAXIMUM_CONNECT_TIME, "no CONNECT in time"))
+        if self.state is not State.OPEN:
+            return due
+        if self._keep_alive:
+            at = self._heard_at + 1.5 * self._keep_alive  # [MQTT-3.1.2-22]; 3.1.1 [MQTT-3.1.2-24]
+            due.append((at, ReasonCode.KEEP_ALIVE_TIMEOUT, "nothing heard for 1.5 times the keep-alive"))
+        if self._partial_since is not None:
+            at = self._partial_since + limits.packet_grace + self._framer.buffered / limits.min_packet_rate
+            due.append((at, ReasonCode.UNSPECIFIED_ERROR, "a packet that does not end"))
+        if self._stalled_since is not None:
+            at = self._stalled_since + limits.write_stall
+            due.append((at, ReasonCode.UNSPECIFIED_ERROR, "a peer that does not read"))
+        return due
+
+
+def _reason_string(text: str) -> Properties:
+    return Properties(reason_string=text) if text else NO_PROPERTIES
+
+
+def _with_properties(packet: Packet, properties: Properties) -> Packet:
+    match packet:
+        case Connack() | Ack() | Disconnect() | Suback() | Unsuback():
+            return replace(packet, properties=properties)
+        case _:
+            raise LocalProtocolError("texts in a packet that we do not explain")

@@ -416,6 +416,7 @@ def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
         Limit.PROVISIONING_ATTEMPTS: allowances.provisioning,
         Limit.FAILED_AUTHENTICATIONS: allowances.failures,
         Limit.SSE_STREAMS: service.streams.turned_away,
+        Limit.UPLINK_PAYLOAD: service.intake.counters.too_large,
     }
 
 

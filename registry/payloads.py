@@ -82,10 +82,14 @@ class NewUplink:
     readings: list[Reading]
 
 
+class PayloadTooLarge(InvalidArgument):
+    """The payload is larger than one uplink may be; told apart from the other refusals to be counted."""
+
+
 def payload_from_json(raw: bytes, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Payload:
     """The payload in these bytes of JSON. Raises InvalidArgument."""
     if len(raw) > max_bytes:
-        raise _refused(f"payload has {len(raw)} bytes; allowed are up to {max_bytes}")
+        raise PayloadTooLarge(f"payload has {len(raw)} bytes; allowed are up to {max_bytes}", field="payload")
     try:
         text = raw.decode()
         value = msgspec.json.decode(text)

@@ -47,6 +47,7 @@ from registry.model import Contact, DeviceId, DeviceStatus, Json, Transport
 from registry.payloads import (
     NewUplink,
     Payload,
+    PayloadTooLarge,
     Source,
     payload_from_json,
     payload_from_value,
@@ -112,6 +113,8 @@ class IntakeCounters:
     stored: int = 0
     duplicate: int = 0
     rejected: int = 0
+    too_large: int = 0
+    """Of the rejected, those above the limit on one payload."""
 
 
 _Read = Callable[[Source, Headers, bytes], NewUplink]
@@ -247,8 +250,9 @@ class Intake:
     def _submit(self, read: _Read, source: Source, headers: Headers, body: bytes) -> asyncio.Future[StoredUplink]:
         try:
             return self._registry.uplinks.submit(read(source, headers, body))
-        except RegistryError:
+        except RegistryError as error:
             self.counters.rejected += 1
+            self.counters.too_large += isinstance(error, PayloadTooLarge)
             raise
 
     def _acknowledged(self, done: asyncio.Future[StoredUplink]) -> Answer:

@@ -1,6 +1,7 @@
 """Who may do what over HTTP: one line per operation. What has no line is refused.
 
     OPEN          anybody; counted per address
+    CLAIM         anybody with a secret that provisions, which the operation judges; attempts are counted per address
     DEVICE        a device with its own credential
     a Permission  an operator whose role or token holds it, in its own tenant (registry/permissions.py)
 
@@ -22,6 +23,7 @@ class Public(Enum):
     """Access that no operator's permission gives."""
 
     OPEN = "open"
+    CLAIM = "claim"
     DEVICE = "device"
 
 
@@ -29,7 +31,7 @@ Access = Public | Permission
 
 ACCESS: Final[Mapping[str, Access]] = MappingProxyType(
     {
-        "Provision": Public.OPEN,
+        "Provision": Public.CLAIM,
         "GetCaChain": Public.OPEN,
         "GetOpenApi": Public.OPEN,
         "GetDocs": Public.OPEN,

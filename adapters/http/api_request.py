@@ -101,9 +101,7 @@ class ApiRequest(LitestarRequest[Any, Any, Any]):
     @property
     def contact(self) -> Contact:
         """Where the request comes from."""
-        client = self.scope.get("client")
-        peer = f"{client[0]}:{client[1]}" if client else ""
-        return Contact(Transport.HTTPS, peer, self.correlation_id)
+        return Contact(Transport.HTTPS, self.address, self.correlation_id)
 
     def presented(self) -> Presented | None:
         """The credential that comes with it. Raises Unauthenticated for more than one."""
@@ -164,6 +162,8 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
             raise PermissionDenied("no rule allows this operation")
         case Public.OPEN:
             request.service.allowances.spend_open(request.address)
+        case Public.CLAIM:
+            request.service.allowances.spend_provisioning(request.address)
         case Public.DEVICE | Permission():
             try:
                 await _authenticate(request, access)

@@ -74,7 +74,7 @@ class HttpApiSettings:
     provisioning_attempts_per_second: float = 100.0
     provisioning_attempts_burst: float = 1_000
     open_requests_per_second: float = 100.0
-    """Requests without a credential from one address: the document, its page, the CA's chain, and claims."""
+    """Requests without a credential from one address: the document, its page, and the CA's chain."""
     open_requests_burst: float = 2_000
     failed_authentications_per_second: float = 10.0
     """From one address; beyond it failures are told to slow down. Good credentials are not held up."""

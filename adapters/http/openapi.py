@@ -197,7 +197,7 @@ def _refusals(each: Operation) -> list[int]:
     match ACCESS.get(each.operation_id):
         case Permission() | Public.DEVICE:
             statuses |= {401, 403}
-        case Public.OPEN | None:
+        case Public.OPEN | Public.CLAIM | None:
             pass
         case unknown:
             assert_never(unknown)
@@ -229,7 +229,7 @@ def _security(each: Operation) -> Json:
             return [{"operator": []}]
         case Public.DEVICE:
             return [{"deviceBearer": []}, {"deviceKey": []}, {"deviceCertificate": []}]
-        case Public.OPEN | None:
+        case Public.OPEN | Public.CLAIM | None:
             return []
         case unknown:
             assert_never(unknown)

@@ -88,7 +88,6 @@ class ClaimAnswer(Answer, frozen=True, kw_only=True):
 )
 async def provision(request: ApiRequest) -> Response[bytes]:
     """POST /provision"""
-    request.service.allowances.spend_provisioning(request.address)
     claim = await request.decoded(Claim)
     claimed = await request.registry.key_claim.claim(
         ClaimRequest(

@@ -38,6 +38,7 @@ async def test_requests_of_a_connection_share_one_session(https: Https) -> None:
             listed = (await admin.get(f"{BASE}/sessions")).json()
         assert [s["device_id"] for s in listed["sessions"]] == [device["device_id"]]
         assert listed["sessions"][0]["transport"] == "https"
+        assert listed["sessions"][0]["peer"] == "127.0.0.1"
         assert listed["next_cursor"] is None
     await eventually(lambda: live(https.api) == 0)
 

@@ -32,7 +32,8 @@ CHECKS = (
     "unsupported_method",
     "missing_required_header",
 )
-ENVIRONMENT = {"COLUMNS": "160", "SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks"}
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"COLUMNS": "160", "SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
 DEVICES_OWN = sorted(each for each, access in ACCESS.items() if access is Public.DEVICE)
 ENDLESS = ["StreamEvents"]
 
@@ -120,7 +121,11 @@ async def explored(https: Https, configuration: Path, token: str, *selection: st
         *selection,
     ]
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=os.environ | ENVIRONMENT
+        *command,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=os.environ | ENVIRONMENT,
+        cwd=configuration.parent,
     )
     try:
         async with asyncio.timeout(SECONDS):

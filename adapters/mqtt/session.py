@@ -135,6 +135,7 @@ class Session:
         self.events: deque[SessionEvent] = deque()
         self.incoming: dict[int, Incoming] = {}
         self._receipts: dict[int, int] = {}  # packet id of STORING -> receipt number
+        self._awaiting_complete: set[int] = set()  # RELEASING whose PUBREL came on this connection
         self._number = 0
         self._link: Link | None = None
         self._rows: dict[int, _Row] = {}  # in sending order
@@ -250,15 +251,16 @@ class Session:
     def release(self, packet_id: int) -> bool:
         """For the connection: PUBREL came. True when the release has to be written down first."""
         match self.incoming.get(packet_id):
-            case Incoming.STORED if self.durable:
-                self.incoming[packet_id] = Incoming.RELEASING
-                return True
             case Incoming.STORED:
+                self.incoming[packet_id] = Incoming.RELEASING
+                self._awaiting_complete.add(packet_id)
+                if self.durable:
+                    return True
                 self.released(packet_id)
             case Incoming.STORING:
                 raise violation("PUBREL before PUBREC")
-            case Incoming.RELEASING:
-                pass  # a repetition; the first one's PUBCOMP answers both
+            case Incoming.RELEASING:  # a repetition: one PUBCOMP answers all that came on this connection
+                self._awaiting_complete.add(packet_id)
             case None:
                 if self._link is not None:  # 5.0 §4.3.3: after a lost PUBCOMP
                     self._link.complete(packet_id, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
@@ -266,11 +268,14 @@ class Session:
 
     def released(self, packet_id: int) -> None:
         """The incoming id is forgotten durably: PUBCOMP may leave [MQTT-4.3.3-11]."""
-        if self.incoming.get(packet_id) not in (Incoming.RELEASING, Incoming.STORED):
+        if self.incoming.get(packet_id) is not Incoming.RELEASING:
             raise LocalProtocolError(f"packet id {packet_id} was not to be released")
         del self.incoming[packet_id]
-        if self._link is not None:
+        # A client that is back and has not repeated its PUBREL yet will; a PUBCOMP now would be one too many, and the
+        # second could meet the next message of the same id.
+        if self._link is not None and packet_id in self._awaiting_complete:
             self._link.complete(packet_id, ReasonCode.SUCCESS)
+        self._awaiting_complete.discard(packet_id)
 
     # Outgoing -------------------------------------------------------------------------------------------------------
 
@@ -409,6 +414,7 @@ class Session:
         self._expires_at = None
         self._will, self._will_at = will, None  # a delayed will of before is not sent [MQTT-3.1.3-9]
         self._active.clear()
+        self._awaiting_complete.clear()
         self._unsent = deque(
             packet_id for packet_id, row in self._rows.items() if row.phase in (Phase.QUEUED, Phase.PUBLISHED)
         )

@@ -482,6 +482,24 @@ def test_in_a_durable_session_the_release_is_written_before_pubcomp() -> None:
         session.released(7)
 
 
+def test_a_release_begun_on_an_earlier_connection_is_completed_once() -> None:
+    peer = Peer()
+    session = peer.connects(Session(LIMITS, durable=True), present=False)
+    for packet_id in (7, 8):
+        (one,) = published(peer.sends(Publish("a", b"", Q2, packet_id=packet_id)))
+        session.stored(one.receipt, 0)
+        peer.sends(pubrel(packet_id))
+    peer.connection.lost(0)
+    again = Peer()
+    again.connects(session)
+    session.released(7)
+    assert again.gets() == []  # its PUBREL is still to come
+    again.sends(pubrel(7), pubrel(8))
+    assert again.gets() == [pubcomp(7, R.PACKET_IDENTIFIER_NOT_FOUND)]
+    session.released(8)
+    assert again.gets() == [pubcomp(8)]
+
+
 @pytest.mark.parametrize(("version", "reason"), [(V5, R.PACKET_IDENTIFIER_NOT_FOUND), (V311, R.SUCCESS)])
 def test_pubrel_of_an_unknown_id_is_completed(version: Version, reason: R) -> None:
     peer = Peer(version)

@@ -23,6 +23,7 @@ from uuid import UUID
 
 import msgspec
 
+from registry import secrets
 from registry.errors import InvalidArgument
 from registry.model import Json
 from registry.secrets import RandomBytes
@@ -68,6 +69,7 @@ def text(field: str, value: str, most: int, *, least: int = 1, what: str | None 
             )
     if least and not value.strip():
         raise InvalidArgument(f"{said} is blank", field=field)
+    _no_secret(said, field, value)
     return value
 
 
@@ -84,12 +86,18 @@ def prose(field: str, value: str, most: int) -> str:
     return value
 
 
+def _no_secret(said: str, field: str, value: str) -> None:
+    if secrets.holds_one(value):
+        raise InvalidArgument(f"{said} contains a key, which is a secret and does not belong here", field=field)
+
+
 def identifier(field: str, value: str) -> str:
     """`value`, of 1 to 64 characters of A–Z a–z 0–9 _ . -"""
     if _IDENTIFIER.fullmatch(value) is None:
         raise InvalidArgument(
             f"{field} {shown(value)} is not accepted: it takes 1 to 64 characters of A-Z a-z 0-9 _ . -", field=field
         )
+    _no_secret(field, field, value)
     return value
 
 

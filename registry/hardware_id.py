@@ -22,6 +22,7 @@ from typing import Final, NewType
 
 import re2
 
+from registry import secrets
 from registry.errors import InvalidArgument
 
 HardwareId = NewType("HardwareId", str)
@@ -56,6 +57,8 @@ def parse_hardware_id(text: str) -> HardwareId:
             f"it takes 1 to {MAX_HARDWARE_ID} printable ASCII characters without spaces",
             field="hardware_id",
         )
+    if secrets.holds_one(text):
+        raise InvalidArgument("hardware_id is not accepted: it contains a key, which is a secret", field="hardware_id")
     return HardwareId(text)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Generic, NoReturn, TypeVar
@@ -67,6 +68,10 @@ class SecretKind(Enum):
     REGISTRATION_TOKEN = "rt_"  # noqa: S105  # a prefix, not a secret
 
 
+_SHAPE = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(k.value for k in SecretKind)})[A-Za-z0-9_-]{{43}}(?![A-Za-z0-9_-])")
+"""32 bytes in base64 are 43 characters; the ends are looked at so that no honest smart_thermostat-… is meant."""
+
+
 def generate(kind: SecretKind, random: RandomBytes) -> Secret[str]:
     """A new secret of `kind` with 256 bits from `random`."""
     return encode(kind, random(SECRET_BYTES))
@@ -85,6 +90,15 @@ def digest(presented: str) -> bytes:
     Text that is no secret of ours at all is hashed the same way, so that it fails later and alike.
     """
     return hashlib.sha256(presented[:MAX_SECRET_TEXT].encode("utf-8", "surrogatepass")).digest()
+
+
+def holds_one(text: str) -> bool:
+    """Whether a text has something of the shape of these secrets in it.
+
+    Names, identifiers and correlation ids are stored, shown and logged, so a secret that somebody pastes into one of
+    them by mistake would be in all these places: such a text is not accepted.
+    """
+    return _SHAPE.search(text) is not None
 
 
 def same(one: bytes, other: bytes) -> bool:

@@ -83,3 +83,16 @@ def test_equality_compares_values() -> None:
     assert Secret("a") != "a"
     assert Secret("ü") == Secret("ü")
     assert (bool(Secret("")), bool(Secret(b"x"))) == (False, True)
+
+
+@pytest.mark.parametrize("kind", SecretKind)
+def test_a_secret_is_recognised_wherever_it_was_pasted(kind: SecretKind) -> None:
+    raw = secrets.encode(kind, bytes(range(32))).reveal()
+    assert secrets.holds_one(raw)
+    assert secrets.holds_one(f"my key is {raw}.")
+    assert not secrets.holds_one(raw[:-1])
+
+
+def test_honest_names_are_no_secrets() -> None:
+    for name in ("", "smart_thermostat-building-north-floor-two-room-0000001", "rt_1", "sk_live_soon", "x" * 200):
+        assert not secrets.holds_one(name)

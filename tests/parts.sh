@@ -5,7 +5,7 @@
 set -eu
 
 # A part is: name, and in the functions below how it is found, its Debian package, what is not tested without it.
-parts="curl openssl postgresql"
+parts="curl openssl postgresql wrk"
 
 found() {
     case $1 in
@@ -25,6 +25,7 @@ without() {
     case $1 in
         curl) echo "the walks through the seeds by curl" ;;
         openssl) echo "certificates and handshakes as another implementation sees them" ;;
+        wrk) echo "nothing; \`make bench\` then loads the server by a generator in Python, whose cost is near the server's" ;;
         postgresql) echo "everything on an installed PostgreSQL; the wheel's is still tested" ;;
     esac
 }

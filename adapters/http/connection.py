@@ -743,14 +743,14 @@ class HttpConnection(asyncio.Protocol):
         if self._phase is _Phase.HEAD:
             allowed = self._server.limits.header_timeout
             message = f"the request's headers were not complete within {allowed:g} seconds"
-            self._refuse(Refusal(408, Code.DEADLINE_EXCEEDED, message))
+            self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
             return
         receiving = self._receiving
         excused = self._transport is None or not self._transport.is_reading()
         excused = excused or (receiving is not None and receiving.expects_continue)
         if not excused and self._body_bytes - self._body_mark < rate * window:
             message = f"the request's body came slower than {rate} bytes per second"
-            self._refuse(Refusal(408, Code.DEADLINE_EXCEEDED, message))
+            self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
             return
         self._body_mark = self._body_bytes
         self._check_at = now + window

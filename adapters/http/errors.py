@@ -4,8 +4,8 @@
     Litestar's own ─┼─► problem_of ─► Problem ─► answer (status, headers, body)
     anything else ──┘                  └ 500 without detail; the traceback goes to the log under the correlation id
 
-Statuses are gRPC's HTTP mapping of the codes (CONTRACT §2). Three statuses say more than a code can and keep it beside
-them: 405 (with Allow), 413 and 415 are INVALID_ARGUMENT. A path without a route is NOT_FOUND. The caller of an
+Statuses are gRPC's HTTP mapping of the codes (CONTRACT §2). Some statuses say more than a code can and keep it beside
+them: 405 (with Allow), 408, 413 and 415 are INVALID_ARGUMENT. A path without a route is NOT_FOUND. The caller of an
 unauthenticated request learns nothing but that; the reason is in the log and in the device's timeline.
 
 Pure, but for the log of what nobody expected. Nothing secret is in a RegistryError's message (registry/errors.py), and
@@ -42,7 +42,6 @@ STATUS: Final[Mapping[ErrorCode, int]] = MappingProxyType(
         ErrorCode.RESOURCE_EXHAUSTED: 429,
         ErrorCode.INTERNAL: 500,
         ErrorCode.UNAVAILABLE: 503,
-        ErrorCode.DEADLINE_EXCEEDED: 504,
     }
 )
 
@@ -152,7 +151,6 @@ _BY_STATUS: Final[Mapping[int, ErrorCode]] = MappingProxyType(
         409: ErrorCode.ALREADY_EXISTS,
         429: ErrorCode.RESOURCE_EXHAUSTED,
         503: ErrorCode.UNAVAILABLE,
-        504: ErrorCode.DEADLINE_EXCEEDED,
     }
 )
 

@@ -35,7 +35,7 @@ _REFUSALS: Final[Mapping[int, tuple[str, str, str]]] = {
     403: ("PermissionDenied", "PERMISSION_DENIED", "PERMISSION_DENIED"),
     404: ("NotFound", "NOT_FOUND: no such object in the caller's tenant", "NOT_FOUND"),
     409: ("AlreadyExists", "ALREADY_EXISTS", "ALREADY_EXISTS"),
-    408: ("TooSlow", "DEADLINE_EXCEEDED: the body came too slowly", "DEADLINE_EXCEEDED"),
+    408: ("TooSlow", "INVALID_ARGUMENT: the request came too slowly", "INVALID_ARGUMENT"),
     413: ("TooLarge", "INVALID_ARGUMENT: the body is larger than is served", "INVALID_ARGUMENT"),
     414: ("TargetTooLong", "INVALID_ARGUMENT: path and query are longer than is served", "INVALID_ARGUMENT"),
     415: ("UnsupportedMediaType", "INVALID_ARGUMENT: the body's type is not served", "INVALID_ARGUMENT"),

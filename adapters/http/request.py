@@ -123,7 +123,7 @@ def _require_chunked(value: bytes, version: str) -> None:
     if version != "1.1":  # RFC 9112 §6.1: its framing cannot be trusted
         raise bad_request("Transfer-Encoding was used with HTTP/1.0")
     if value.lower() != b"chunked":
-        raise Refused(Refusal(501, Code.UNIMPLEMENTED, "only the transfer coding `chunked` is served"))
+        raise Refused(Refusal(501, Code.INVALID_ARGUMENT, "only the transfer coding `chunked` is served"))
 
 
 def _origin_form(target: bytes) -> bytes:

@@ -299,6 +299,14 @@ def test_an_empty_client_id_is_assigned_one() -> None:
     assert peer.connection.client_id == "made-up"
 
 
+def test_an_empty_client_id_is_assigned_one_in_3() -> None:
+    peer = Peer(V311)
+    peer.sends(Connect(V311, "", True))
+    peer.connection.accept(Session(LIMITS), session_present=False, now=0, client_id="made-up")
+    assert peer.gets() == [Connack()]
+    assert peer.connection.client_id == "made-up"
+
+
 def test_in_3_an_empty_client_id_needs_a_clean_session() -> None:
     peer = Peer(V311)
     ended(peer.sends(Connect(V311, "", clean_start=False)))
@@ -1012,6 +1020,17 @@ def test_unwritten_bytes_are_bounded() -> None:
     assert len(peer.gets()) == 6 - 2 + 2 - 2  # the rest follows as it is written
 
 
+@BOTH
+def test_dup_is_not_forwarded(version: Version) -> None:
+    peer = Peer(version)
+    session = peer.connects()
+    (event,) = published(peer.sends(Publish("a", b"x", Q1, dup=True, packet_id=4)))
+    delivery = delivery_of(event.message, [subscription()], own=False)
+    assert delivery is not None
+    session.deliver(delivery, 0)
+    assert peer.gets() == [Publish("a", b"x", Q1, dup=False, packet_id=1)]
+
+
 # SUBSCRIBE ----------------------------------------------------------------------------------------------------------
 
 
@@ -1099,6 +1118,14 @@ def test_unsubscribe_answers_for_each_filter_also_where_there_was_none() -> None
     assert peer.sends(puback(1)) == [Delivered(1, 0, R.SUCCESS)]  # what was begun is finished
 
 
+def test_unsubscribe_in_3_has_no_reasons() -> None:
+    peer = Peer(V311)
+    peer.connects()
+    assert peer.sends(Unsubscribe(2, ("never", "subscribed"))) == [UnsubscribeRequested(2, ())]
+    peer.connection.unsubscribed(2, 0)
+    assert peer.gets() == [Unsuback(2)]
+
+
 def test_an_answer_to_nothing_is_our_error_and_after_the_end_of_no_use() -> None:
     peer = Peer()
     peer.connects()
@@ -1178,6 +1205,25 @@ def test_any_other_end_publishes_it_as_it_was_given(version: Version, how: str) 
             peer.connection.disconnect(R.SERVER_SHUTTING_DOWN, 15)
     assert session.tick(15) == [WillDue(Message("gone", b"bye", Q1, True))]
     assert session.tick(15) == []
+
+
+@BOTH
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_will_keeps_its_retain_flag(version: Version, retain: bool) -> None:
+    peer = Peer(version)
+    session = peer.connects(will=replace(WILL, retain=retain))
+    peer.connection.lost(0)
+    assert session.tick(0)[:1] == [WillDue(Message("gone", b"bye", Q1, retain))]
+
+
+def test_a_will_keeps_the_order_of_its_user_properties() -> None:
+    pairs = (("b", "2"), ("a", "1"), ("b", "3"))
+    peer = Peer()
+    session = peer.connects(will=replace(WILL, properties=Properties(user_properties=pairs)))
+    peer.connection.lost(0)
+    (due,) = session.tick(0)
+    assert isinstance(due, WillDue)
+    assert due.message.properties.user_properties == pairs
 
 
 def test_a_disconnect_may_ask_for_the_will() -> None:

@@ -228,11 +228,13 @@ async def show_device(config: Config, device_id: str, tenant: str | None, *, as_
     async with _core(config) as core:
         device = await _find_device(core.registry, device_id, tenant)
         credentials = [each async for each in _credentials(core.registry, device)]
+        renew_after = await core.registry.certificates.renew_after(device.tenant_id, device.device_id)
         now = core.registry.clock()
+    described = {**document(device), "renew_after": shown_time(renew_after)}
     if as_json:
-        show_json({**document(device), "credentials": [_credential_document(each) for each in credentials]})
+        show_json({**described, "credentials": [_credential_document(each) for each in credentials]})
         return
-    show_fields((name, value) for name, value in document(device).items())
+    show_fields(described.items())
     show_text("")
     columns = (
         Column("CREDENTIAL ID", whole=True),

@@ -235,6 +235,36 @@ class Security(Section, frozen=True, kw_only=True):
             description="Resolved credentials kept in memory, about 1 KB each. 0 asks the database every time.",
         ),
     ] = 50_000
+    certificate_days: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=3650,
+            description="Validity of a device's certificate. Devices are advised to renew after two thirds of it, so a "
+            "year leaves four months for one that sleeps.",
+        ),
+    ] = 365
+    renewal_grace_days: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=365,
+            description="How long after its end a certificate may still ask for its successor, and do nothing else. A "
+            "week gets a device home that was in a warehouse or without power.",
+        ),
+    ] = 7
+    crl_url: Annotated[
+        Annotated[str, Meta(pattern=r"\Ahttps?://[!-~]{1,500}\Z")] | None,
+        Meta(
+            description="Where issued certificates say that their revocation list is; `{issuer}` becomes the "
+            "fingerprint of the authority. For other verifiers: this server does not need it.",
+            extra={
+                "allowed": "an http or https URL",
+                "default": "this server's `/api/v1/ca/crl`, if `https.names` says what it is called and the port is "
+                "fixed; else none",
+            },
+        ),
+    ] = None
 
 
 class Limits(Section, frozen=True, kw_only=True):

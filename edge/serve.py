@@ -21,6 +21,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from types import MappingProxyType
 
 import asyncpg
@@ -28,6 +29,7 @@ import msgspec
 
 from adapters.http.api_request import Service
 from adapters.http.app import HttpApi, HttpApiSettings, create_app
+from adapters.http.certificates import Endpoint
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
 from adapters.tls.admission import TlsLimits
@@ -39,7 +41,8 @@ from edge.ops import CheckResult, OpsServer
 from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
 from edge.server_certificate import CHECK_SECONDS, CertificateProblem, ServerCertificate
 from edge.supervision import Supervisor
-from edge.wiring import Core, OperatorKeysProblem, build, migrate_database, utc_now
+from edge.wiring import Core, OperatorKeysProblem, build, migrate_database, public_host, utc_now
+from registry.certificates import Certificates
 from registry.core import Registry
 from registry.errors import Unavailable
 from registry.feed import NodeBusy
@@ -53,6 +56,9 @@ from registry.trust import WrongKeyRing, open_trust
 
 log = logging.getLogger(__name__)
 
+CHAIN_FILE = "ca-chain.pem"
+AUTHORITIES_SECONDS = 1.0
+"""How often a look into memory tells whether the authorities have changed."""
 RETENTION_SECONDS = 3600.0
 TICKET_KEY_SECONDS = 86_400.0
 """Ticket keys live as long as a TLS context; who steals one may read what was resumed with it, for a day at most."""
@@ -138,10 +144,10 @@ class Server:
             observer=self._metrics,
         )
         await enter(self._running_core(core))
-        certificate = ServerCertificate(config, trust.authorities, utc_now)
+        certificate = ServerCertificate(config, trust, core.registry.certificates, utc_now)
+        certificate.write_chain(config.data_dir / CHAIN_FILE)
         ports = {"https": await enter(self._https_listener(core, certificate))}
         ports["ops"] = await enter(self._ops_listener())
-        certificate.write_chain(config.data_dir / "ca-chain.pem")
         log.info("node.ready", extra={"fields": {"node": config.node.id, "ports": ports}})
         return ports
 
@@ -189,7 +195,7 @@ class Server:
         supervisor.keep("feed", registry.feed.run)
         supervisor.keep("node", registry.node.run)
         supervisor.keep("refusals", registry.refusals.run)
-        supervisor.keep("retention", lambda: _every_hour(retention))
+        supervisor.keep("retention", lambda: _every_hour(retention, registry.certificates))
         supervisor.keep("probe", lambda: self._probe(core.database))
         self._watch(core)
         try:
@@ -198,6 +204,7 @@ class Server:
             await registry.uplinks.stop()
             await core.teardown.stop()
             await supervisor.stop()
+            await core.stop_certificates()
             await registry.resolver.stop()
             try:
                 await registry.refusals.flush()
@@ -209,7 +216,7 @@ class Server:
     @asynccontextmanager
     async def _https_listener(self, core: Core, certificate: ServerCertificate) -> AsyncIterator[int]:
         try:
-            context = TlsContext(certificate.load(), alpn=(b"http/1.1",), session_name=b"gatehouse https")
+            context = TlsContext(await certificate.load(), alpn=(b"http/1.1",), session_name=b"gatehouse https")
         except ValueError as error:
             raise StartError(f"https.certificate: {error}") from None
         app = create_app(core.registry, _api_settings(self._config), self._metrics)
@@ -222,7 +229,7 @@ class Server:
         )
         self._watch_https(core, app, server)
         port = await server.start(self._config.https.host, self._config.https.port)
-        self._supervisor.keep("certificate", lambda: _renew(certificate, context))
+        self._supervisor.keep("certificate", lambda: _renew(certificate, context, self._config.data_dir / CHAIN_FILE))
         try:
             yield port
         finally:
@@ -347,9 +354,13 @@ _EXPECTED = (
 """Failures that an operator can understand and mend; anything else is a bug and shows its traceback."""
 
 
-async def _every_hour(retention: Retention) -> None:
+async def _every_hour(retention: Retention, certificates: Certificates) -> None:
     while True:
         await asyncio.sleep(RETENTION_SECONDS)
+        tidied = await certificates.tidy()
+        if tidied.abandoned or tidied.deleted:
+            counts = {"abandoned": tidied.abandoned, "deleted": tidied.deleted}
+            log.info("certificates.tidied", extra={"fields": counts})
         report = await retention.run_once(utc_now())
         if report.dropped or report.deleted or report.locked:
             fields = {"dropped": report.dropped, "locked": report.locked, "deleted": report.deleted}
@@ -366,18 +377,23 @@ def _raise_file_limit() -> None:
             log.warning("limits.open_files", extra={"fields": {"soft": soft, "hard": hard, "reason": str(error)}})
 
 
-async def _renew(certificate: ServerCertificate, context: TlsContext) -> None:
+async def _renew(certificate: ServerCertificate, context: TlsContext, chain: Path) -> None:
+    """Keep what the listeners show, and the file of what to trust, up to date."""
     loop = asyncio.get_running_loop()
-    replaced = loop.time()
+    replaced = checked = loop.time()
     while True:
-        await asyncio.sleep(CHECK_SECONDS)
+        await asyncio.sleep(AUTHORITIES_SECONDS)
+        rolled_over = certificate.write_chain(chain)
+        if not rolled_over and loop.time() - checked < CHECK_SECONDS:
+            continue
+        checked = loop.time()
         if not certificate.due() and loop.time() - replaced < TICKET_KEY_SECONDS:
             continue
         try:
-            context.replace(certificate.load())
+            context.replace(await certificate.load())
             replaced = loop.time()
             log.info("certificate.replaced", extra={"fields": {}})
-        except (CertificateProblem, ValueError) as error:
+        except (CertificateProblem, Unavailable, ValueError) as error:
             log.error("certificate.unusable", extra={"fields": {"reason": str(error)}})
 
 
@@ -399,6 +415,8 @@ def _api_settings(config: Config) -> HttpApiSettings:
         rotation_overlap_seconds=config.security.rotation_overlap_seconds,
         max_body_bytes=limits.body_bytes,
         uplink_payload_bytes=limits.uplink_payload_bytes,
+        mqtt=Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
+        coap=Endpoint(public_host(config, config.coap.host), config.coap.port),
     )
 
 

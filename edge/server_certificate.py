@@ -1,8 +1,12 @@
 """The certificate of our own listeners: configured, or issued by the built-in CA and renewed without a restart.
 
 A configured certificate is read at the start and again whenever its files change. An issued one lives in memory only:
-its key is made at each start and never stored. Names: localhost, 127.0.0.1, ::1, the host's name, the configured ones,
-and the listening address where it is a particular one. The chain of the CA is written to D/ca-chain.pem for clients.
+its key is made at each start and never stored, its serial and intent are in the database before it is signed. It is
+issued again when it comes to its last third, and after a roll-over, by the new authority. Names: localhost, 127.0.0.1,
+::1, the host's name, the configured ones, and the listening address where it is a particular one.
+
+The chain of the CA is written to D/ca-chain.pem for clients, at the start and after a roll-over. Who trusts the root of
+an older file goes on trusting us: a roll-over replaces the issuing authority below it.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from pathlib import Path
 from cryptography import x509
 
 from adapters.tls.context import ServerCredentials
-from certs.authority import AuthoritySet
-from certs.chains import bundle
-from certs.issuing import BadServerName, prepare_server, sign
+from certs.authority import Authority
+from certs.issuing import BadServerName
 from certs.keys import generate_p256
 from certs.renewal import needs_renewal
 from edge.config import Config
+from registry.certificates import Certificates
+from registry.errors import FailedPrecondition
+from registry.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -38,35 +44,40 @@ class CertificateProblem(Exception):
 class ServerCertificate:
     """What the listeners show."""
 
-    def __init__(self, config: Config, authorities: AuthoritySet, clock: Callable[[], datetime]) -> None:
+    def __init__(self, config: Config, trust: Trust, certificates: Certificates, clock: Callable[[], datetime]) -> None:
         self._config = config
-        self._authorities = authorities
+        self._trust = trust
+        self._certificates = certificates
         self._clock = clock
+        self._issuer: Authority | None = None
+        self._written: Authority | None = None
         self._not_before: datetime | None = None
         self._not_after: datetime | None = None
         self._stamp: tuple[int, ...] = ()
 
-    @property
-    def ca_chain_pem(self) -> bytes:
-        """Issuing authority and root: what a client needs to trust a certificate of the built-in CA."""
-        return bundle(self._authorities.chain)
-
-    def write_chain(self, path: Path) -> None:
-        """Put the CA's chain where clients of this machine find it; anybody may read it."""
+    def write_chain(self, path: Path) -> bool:
+        """Put the CA's chain where clients of this machine find it, unless it is there; anybody may read it."""
+        active = self._trust.authorities.active
+        if active is self._written:
+            return False
         temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-        temporary.write_bytes(self.ca_chain_pem)
+        temporary.write_bytes(self._certificates.chain_pem())
         temporary.chmod(0o644)
         temporary.replace(path)
+        self._written = active
+        return True
 
-    def load(self) -> ServerCredentials:
-        """The credentials to serve with from now on. Raises CertificateProblem."""
-        return self._issue() if self._config.https.certificate is None else self._read()
+    async def load(self) -> ServerCredentials:
+        """The credentials to serve with from now on. Raises CertificateProblem, Unavailable."""
+        return await self._issue() if self._config.https.certificate is None else self._read()
 
     def due(self) -> bool:
         """Whether `load` would bring something newer."""
         if self._config.https.certificate is not None:
             return self._files_stamp() != self._stamp
         if self._not_before is None or self._not_after is None:
+            return True
+        if self._issuer is not self._trust.authorities.active:
             return True
         return needs_renewal(self._not_before, self._not_after, self._clock())
 
@@ -81,18 +92,18 @@ class ServerCertificate:
                 names.append(host)
         return list(dict.fromkeys(names))
 
-    def _issue(self) -> ServerCredentials:
+    async def _issue(self) -> ServerCredentials:
         key = generate_p256(secrets.token_bytes)
-        issuer = self._authorities.active
+        names, issuer = self.names(), self._trust.authorities.active
         try:
-            prepared = prepare_server(key, self.names(), issuer, self._clock(), secrets.token_bytes)
+            leaf = await self._certificates.issue_server(key, names)
         except BadServerName as error:
             raise CertificateProblem(f"https.names: {error}") from None
-        intent = prepared.intent
-        log.info("certificate.issuing", extra={"fields": {"serial": intent.serial_hex, "names": self.names()}})
-        issued = sign(prepared)
-        self._not_before, self._not_after = intent.not_before, intent.not_after
-        return ServerCredentials(bundle((issued.der, issuer.certificate_der)), key.reveal())
+        except FailedPrecondition as error:
+            raise CertificateProblem(f"https.certificate: {error.message}") from None
+        log.info("certificate.issued", extra={"fields": {"serial": leaf.serial, "names": names}})
+        self._not_before, self._not_after, self._issuer = leaf.not_before, leaf.not_after, issuer
+        return ServerCredentials(leaf.chain_pem, key.reveal())
 
     def _read(self) -> ServerCredentials:
         certificate, key = self._config.https.certificate, self._config.https.key

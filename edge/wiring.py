@@ -7,8 +7,10 @@ alone: it announces no node, follows nothing, and its revocations are carried ou
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import secrets
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,12 +19,14 @@ from uuid import uuid4
 
 import asyncpg
 
-from certs.chains import bundle
+from certs.issuing import DeviceProfile
 from edge.config import Config
 from edge.postgres import attach_or_start
+from registry.certificates import Certificates, ForeignCertificates
 from registry.core import Registry
 from registry.credentials import Credentials
 from registry.devices import Devices
+from registry.enrolment import Enrolment
 from registry.event_log import EventLog
 from registry.feed import Feed
 from registry.hardware_id import PatternCache
@@ -34,8 +38,10 @@ from registry.observation import NOBODY, Observer
 from registry.operators import InvalidKeySet, JwksKey, OperatorVerifier, parse_jwks
 from registry.profiles import Profiles
 from registry.refusals import Refusals
+from registry.registration_tokens import RegistrationTokens
 from registry.resolver import Resolver
 from registry.revocation import Teardown
+from registry.revocation_lists import RevocationLists
 from registry.sealing import KeyRing, load_or_create
 from registry.sessions import SessionTable
 from registry.storage.database import Database
@@ -58,8 +64,15 @@ class Core:
 
     registry: Registry
     trust: Trust
+    ring: KeyRing
     database: Database
     teardown: Teardown
+
+    async def stop_certificates(self) -> None:
+        """Finish what is under way around certificates."""
+        await self.registry.certificates.stop()
+        await self.registry.revocation_lists.stop()
+        await self.trust.live.stop()
 
 
 def utc_now() -> datetime:
@@ -102,6 +115,7 @@ def build(
         feed_trusted=lambda: feed.trusted,
         hint=feed.hint,
         cache_entries=config.security.credential_cache_entries,
+        renewal_grace=timedelta(days=config.security.renewal_grace_days),
         observer=observer,
     )
     sessions = SessionTable(
@@ -117,15 +131,21 @@ def build(
     )
     teardown = Teardown(database, feed, sessions, resolver, clock=clock, observer=observer)
     feed.add_follower(teardown)
+    feed.add_follower(trust.live)
     node = Node(database, sessions, teardown, clock=clock, sweep_seconds=config.security.session_sweep_seconds)
     patterns = PatternCache()
-    chain = bundle(trust.authorities.chain)
+    certificates = Certificates(database, trust.live, clock=clock, random=random, profile=_device_profile(config))
+    credentials = Credentials(
+        database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, issuer=certificates
+    )
     registry = Registry(
         tenants=Tenants(database, clock=clock, random=random),
         operators=_operator_verifier(config, trust),
         profiles=Profiles(database, clock=clock, random=random),
-        devices=Devices(database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown),
-        credentials=Credentials(database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown),
+        devices=Devices(
+            database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, issuer=certificates
+        ),
+        credentials=credentials,
         templates=Templates(
             database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, patterns=patterns
         ),
@@ -137,8 +157,24 @@ def build(
             feed=feed,
             refusals=refusals,
             patterns=patterns,
+            issuer=certificates,
             observer=observer,
         ),
+        registration_tokens=RegistrationTokens(
+            database, certificates, clock=clock, random=random, feed=feed, refusals=refusals
+        ),
+        certificates=certificates,
+        foreign_certificates=ForeignCertificates(credentials, trust.live),
+        enrolment=Enrolment(
+            database,
+            certificates,
+            clock=clock,
+            feed=feed,
+            refusals=refusals,
+            teardown=teardown,
+            grace=timedelta(days=config.security.renewal_grace_days),
+        ),
+        revocation_lists=RevocationLists(database, trust.live, clock=clock),
         resolver=resolver,
         sessions=sessions,
         uplinks=Uplinks(
@@ -151,10 +187,9 @@ def build(
         node=node,
         feed=feed,
         refusals=refusals,
-        ca_chain_pem=lambda: chain,
         clock=clock,
     )
-    return Core(registry, trust, database, teardown)
+    return Core(registry, trust, ring, database, teardown)
 
 
 @asynccontextmanager
@@ -181,6 +216,7 @@ async def open_registry(config: Config, *, environ: Mapping[str, str]) -> AsyncI
             finally:
                 await core.teardown.stop()
                 await core.registry.uplinks.stop()
+                await core.stop_certificates()
                 await core.registry.resolver.stop()
                 await core.registry.feed.close()
         finally:
@@ -194,6 +230,26 @@ async def _dsn(config: Config, environ: Mapping[str, str]) -> AsyncIterator[str]
         return
     async with attach_or_start(config.data_dir, owner="command", environ=environ) as handle:
         yield handle.dsn
+
+
+def _device_profile(config: Config) -> DeviceProfile:
+    crl_url = config.security.crl_url
+    if crl_url is None and config.https.names and config.https.port:
+        host = public_host(config, config.https.host)
+        crl_url = f"https://{host}:{config.https.port}/api/v1/ca/crl?issuer={{issuer}}"
+    return DeviceProfile(lifetime=timedelta(days=config.security.certificate_days), crl_url=crl_url)
+
+
+def public_host(config: Config, listening: str) -> str:
+    """What devices call the listener: the first configured name, else the address where it is a particular one."""
+    for name in config.https.names:
+        if "*" not in name:
+            return f"[{name}]" if ":" in name else name
+    try:
+        unspecified = ipaddress.ip_address(listening).is_unspecified
+    except ValueError:
+        return listening
+    return socket.gethostname() if unspecified else listening
 
 
 def _operator_verifier(config: Config, trust: Trust) -> OperatorVerifier:

@@ -327,12 +327,20 @@ class ForeignCertificates:
         self._credentials = credentials
         self._authorities = authorities
 
-    async def register(self, tenant_id: TenantId, device_id: DeviceId, pem: bytes, actor: Actor) -> Credential:
+    async def register(
+        self,
+        tenant_id: TenantId,
+        device_id: DeviceId,
+        pem: bytes,
+        actor: Actor,
+        *,
+        overlap: timedelta | None = None,
+    ) -> Credential:
         """Let a device in with a certificate (PEM, exactly one). Its fingerprint, dates and safe texts are kept.
 
-        List with `Credentials.list(kind=X509)`, revoke with `Credentials.revoke_by_fingerprint`. Raises
-        InvalidArgument (also for one of our own, and for one that has expired) and as
-        `Credentials.register_certificate`.
+        `overlap` as `Credentials.register_certificate` has it. List with `Credentials.list(kind=X509)`, revoke with
+        `Credentials.revoke_by_fingerprint`. Raises InvalidArgument (also for one of our own, and for one that has
+        expired) and as `Credentials.register_certificate`.
         """
         try:
             foreign = read_foreign_certificate(pem)
@@ -353,7 +361,14 @@ class ForeignCertificates:
             "origin": "foreign",
         }
         return await self._credentials.register_certificate(
-            tenant_id, device_id, foreign.fingerprint, foreign.not_before, foreign.not_after, detail, actor
+            tenant_id,
+            device_id,
+            foreign.fingerprint,
+            foreign.not_before,
+            foreign.not_after,
+            detail,
+            actor,
+            overlap=overlap,
         )
 
 

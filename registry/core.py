@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from registry.certificates import Certificates, ForeignCertificates
 from registry.credentials import Credentials
 from registry.devices import Devices
+from registry.enrolment import Enrolment
 from registry.event_log import EventLog
 from registry.feed import Feed
 from registry.key_claim import KeyClaim
@@ -16,7 +18,9 @@ from registry.node import Node
 from registry.operators import OperatorVerifier
 from registry.profiles import Profiles
 from registry.refusals import Refusals
+from registry.registration_tokens import RegistrationTokens
 from registry.resolver import Resolver
+from registry.revocation_lists import RevocationLists
 from registry.sessions import SessionTable
 from registry.templates import Templates
 from registry.tenants import Tenants
@@ -34,6 +38,11 @@ class Registry:
     credentials: Credentials
     templates: Templates
     key_claim: KeyClaim
+    registration_tokens: RegistrationTokens
+    certificates: Certificates
+    foreign_certificates: ForeignCertificates
+    enrolment: Enrolment
+    revocation_lists: RevocationLists
     resolver: Resolver
     sessions: SessionTable
     uplinks: Uplinks
@@ -42,5 +51,4 @@ class Registry:
     node: Node
     feed: Feed
     refusals: Refusals
-    ca_chain_pem: Callable[[], bytes]
     clock: Callable[[], datetime]

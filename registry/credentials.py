@@ -241,11 +241,15 @@ class Credentials:
         not_after: datetime,
         detail: Mapping[str, Json],
         actor: Actor,
+        *,
+        overlap: timedelta | None = None,
     ) -> Credential:
         """A certificate of any CA, known by the SHA-256 of its DER (64 hexadecimal digits); nothing else is kept of it
         but `detail` (subject, issuer, serial: for the operator's eyes).
 
-        Raises as `issue_api_key`, and AlreadyExists when the certificate is already registered for a device.
+        With `overlap`, a device of another credential type changes to x509, and what it had retires as by a rotation
+        of that overlap; without, it is refused. Raises as `issue_api_key`, and AlreadyExists when the certificate is
+        already registered for a device.
         """
         now = self._clock()
         found_by = checked_fingerprint(fingerprint)
@@ -260,13 +264,20 @@ class Credentials:
             not_before=fields.instant("not_before", not_before),
             expires_at=fields.future("not_after", not_after, now),
         )
+        ended: list[Ended] = []
         async with self._database.transaction() as connection:
-            device = await self._issuable(connection, tenant_id, device_id, CredentialKind.X509, now)
-            await credentials.insert(connection, new)
-            await _record_issue(connection, device, new.credential_id, {"fingerprint": found_by}, actor)
+            device = _past_pending(await devices.lock(connection, tenant_id, device_id))
+            if device.credential_type is CredentialKind.X509 or overlap is None:
+                await self._issuable(connection, tenant_id, device_id, CredentialKind.X509, now)
+                await credentials.insert(connection, new)
+                await _record_issue(connection, device, new.credential_id, {"fingerprint": found_by}, actor)
+            else:
+                await credentials.insert(connection, new)
+                ended = await _retire_for(connection, device, new, now, overlap, actor)
             made = await credentials.get(connection, tenant_id, new.credential_id)
         assert made is not None
         self._feed.hint()
+        await asyncio.gather(*(self._teardown.complete(each) for each in ended))
         return made
 
     async def list(
@@ -543,6 +554,20 @@ async def _record_issue(
             data={"kind": device.credential_type.value, **data},
         ),
     )
+
+
+async def _retire_for(
+    connection: Connection, device: Device, new: NewCredential, now: datetime, overlap: timedelta, actor: Actor
+) -> list[Ended]:
+    """Make `new`'s type the device's, and retire what the device had; what ended at once."""
+    living = await credentials.living(connection, device.tenant_id, [device.device_id], now)
+    plan = plan_rotation([each for each in living if each.credential_id != new.credential_id], now, overlap)
+    await devices.set_credential_type(connection, device.tenant_id, device.device_id, new.kind, now)
+    for old, end in plan.lingering:
+        await credentials.supersede(connection, device.tenant_id, old.credential_id, new.credential_id, end, False)
+    ended = await end_all(connection, plan.ending, now, "rotated", actor)
+    await record_rotation(connection, device, new.kind, new.credential_id, plan, now, actor)
+    return ended
 
 
 async def record_rotation(

@@ -20,6 +20,7 @@ gateway.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import assert_never
@@ -28,7 +29,7 @@ from uuid import UUID
 from msgspec import UNSET, UnsetType
 
 from registry import fields
-from registry.credentials import IssuedCredential, Mint
+from registry.credentials import IssuedCredential, Mint, issue_certificate, preparing
 from registry.errors import FailedPrecondition, InvalidArgument, NotFound
 from registry.events import EventKind, NewEvent
 from registry.hardware_id import parse_hardware_id
@@ -46,7 +47,7 @@ from registry.model import (
     TenantId,
 )
 from registry.paging import Listing, Page, decode_cursor, listing
-from registry.ports import Clock, Ended, EventHint, Teardown
+from registry.ports import CertificateIssuer, Clock, Ended, EventHint, PreparedIssue, Teardown
 from registry.psk import PskAssignment
 from registry.sealing import KeyRing
 from registry.secrets import RandomBytes
@@ -86,12 +87,14 @@ class NewDevice:
     credential_type: CredentialKind = CredentialKind.API_KEY
     psk: PskAssignment | None = None
     """For `credential_type` psk: the identity or key to be assigned instead of generated ones."""
+    csr: bytes | None = field(default=None, repr=False)
+    """For `credential_type` x509 (PEM or DER): a certificate is issued at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A device and its credential, shown once. `issued` is None for x509: its certificate is registered or issued
-    later."""
+    """A device and its credential, shown once. `issued` is None for x509 without a csr: its certificate is registered
+    or issued later."""
 
     device: Device
     issued: IssuedCredential | None
@@ -166,8 +169,10 @@ class Devices:
         random: RandomBytes,
         feed: EventHint,
         teardown: Teardown,
+        issuer: CertificateIssuer | None = None,
     ) -> None:
         self._database = database
+        self._issuer = issuer
         self._mint = Mint(key_ring, random)
         self._clock = clock
         self._random = random
@@ -176,18 +181,23 @@ class Devices:
 
     async def register(self, tenant_id: TenantId, new: NewDevice, actor: Actor) -> Registered:
         """Raises AlreadyExists (hardware_id, or an assigned PSK identity) and InvalidArgument (a malformed field; a
-        profile or gateway that this tenant does not have). Then nothing is made and nothing is published."""
+        profile or gateway that this tenant does not have; a csr that is refused). Then nothing is made and nothing is
+        published."""
         checked = check_new(new)
         now = self._clock()
         device_id = DeviceId(fields.fresh_uuid(self._random))
-        async with self._database.transaction() as connection:
+        csr, kind = checked.csr, checked.credential_type
+        async with (
+            nullcontext() if csr is None else preparing(self._issuer, kind, tenant_id, device_id, csr, now) as prepared,
+            self._database.transaction() as connection,
+        ):
             profile = await _profile(connection, tenant_id, checked.profile_id)
             if checked.gateway_id is not None:
                 await _check_gateway(connection, tenant_id, device_id, checked.gateway_id)
             device = _made(tenant_id, device_id, checked, profile, now)
             if not await devices.insert(connection, device):
                 raise devices.hardware_id_taken(device.hardware_id)
-            issued = await self._first_credential(connection, device, profile, checked.psk, now)
+            issued = await self._first_credential(connection, device, profile, checked.psk, prepared, now)
             await _record(connection, EventKind.DEVICE_REGISTERED, "register", device, actor, _description(device))
         self._feed.hint()
         return Registered(device, issued)
@@ -258,6 +268,7 @@ class Devices:
         device: Device,
         profile: DeviceProfile | None,
         assignment: PskAssignment | None,
+        prepared: PreparedIssue | None,
         now: datetime,
     ) -> IssuedCredential | None:
         match device.credential_type:
@@ -266,6 +277,8 @@ class Devices:
             case CredentialKind.PSK:
                 short = profile is not None and profile.allow_short_psk
                 return await self._mint.psk(connection, device, now, assignment=assignment, allow_short=short)
+            case CredentialKind.X509 if prepared is not None:
+                return await issue_certificate(self._issuer, connection, device, prepared, now)
             case CredentialKind.X509:
                 return None
             case _:
@@ -277,6 +290,10 @@ def check_new(new: NewDevice) -> NewDevice:
     if new.psk is not None and new.credential_type is not CredentialKind.PSK:
         raise InvalidArgument(
             f"psk is for credential_type psk; credential_type is {new.credential_type.value}", field="psk"
+        )
+    if new.csr is not None and new.credential_type is not CredentialKind.X509:
+        raise InvalidArgument(
+            f"csr is for credential_type x509; credential_type is {new.credential_type.value}", field="csr"
         )
     return replace(
         new,

@@ -76,7 +76,8 @@ class ClaimRequest:
     """What a device sends. `nonce`: 16–128 printable ASCII characters, its own and kept until the claim succeeded.
 
     `csr` (PEM or DER) is for templates of type x509. `proven_template` is set by a transport on which the peer has
-    already proved a template's claim PSK; the key must then be that template's.
+    already proved a template's claim PSK; the key must then be that template's. `credential_type` is set where the
+    answer can carry one type only (EST: certificates); the template must then be of that type.
     """
 
     provision_key: Secret[str]
@@ -85,6 +86,7 @@ class ClaimRequest:
     nonce: str | None = field(default=None, repr=False)
     csr: bytes | None = field(default=None, repr=False)
     proven_template: TemplateId | None = None
+    credential_type: CredentialKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ class KeyClaim:
         """Why this template takes no claim of this device, whether or not the device exists; None when it does."""
         if request.proven_template is not None and request.proven_template != terms.template_id:
             return "key of another template than the association's"
+        if request.credential_type not in (None, terms.credential_type):
+            return "template of another credential type than the protocol carries"
         if terms.status is TemplateStatus.DISABLED:
             return "template disabled"
         if terms.expires_at is not None and terms.expires_at <= now:

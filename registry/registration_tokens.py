@@ -49,6 +49,7 @@ from registry.model import (
     DeviceProfile,
     DeviceStatus,
     Json,
+    Receipt,
     TenantId,
 )
 from registry.paging import Listing, Page, decode_cursor, listing
@@ -190,8 +191,11 @@ class RegistrationTokens:
             rows = await registration_tokens.read_open(connection, tenant_id, after, page.limit + 1)
         return listing([_shown(row, now) for row in rows], page, lambda token: (token.created_at, token.token_id))
 
-    async def revoke(self, tenant_id: TenantId, token_id: UUID, actor: Actor) -> None:
-        """End a token; a device that never provisioned goes with it. Again: NotFound, or nothing. Raises NotFound."""
+    async def revoke(self, tenant_id: TenantId, token_id: UUID, actor: Actor) -> Receipt:
+        """End a token; a device that never provisioned goes with it. A token opens no sessions, so none are closed.
+
+        Again: NotFound, or nothing. Raises NotFound.
+        """
         now = self._clock()
         async with self._database.transaction() as connection:
             token = await registration_tokens.get(connection, tenant_id, token_id)
@@ -209,6 +213,7 @@ class RegistrationTokens:
             else:
                 await registration_tokens.revoke(connection, tenant_id, token_id, now)
         self._feed.hint()
+        return Receipt(None, device.device_id, now)
 
     async def provision(self, token: Secret[str], csr: bytes, contact: Contact) -> Provisioned:
         """A device makes itself known: token and CSR (PEM or DER) in, certificate out.

@@ -146,6 +146,14 @@ class Resolver:
             raise self._refuse(state, reason, contact)
         return RenewalRight(state.tenant_id, state.device_id, state.credential_id, in_grace)
 
+    async def holder(self, evidence: ClientCertificate, contact: Contact) -> DeviceId | None:
+        """Whose certificate that is, if it admits now; nothing is admitted, refused or noted. Raises Unavailable."""
+        lookup = lookup_of(evidence)
+        state = await self._find(lookup, contact)
+        if state is None or not secrets.same(state.lookup, lookup[1]) or self.judge(state) is not None:
+            return None
+        return state.device_id
+
     async def offer(self, evidence: PskIdentity, contact: Contact) -> PskOffer:
         """A key to run a PSK handshake with, for any identity. Raises Unavailable only."""
         state = await self._find(lookup_of(evidence), contact)

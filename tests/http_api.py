@@ -23,9 +23,11 @@ import pytest
 from adapters.http.app import HttpApi, HttpApiSettings, create_app
 from adapters.http.server import HttpsServer
 from adapters.tls.context import TlsContext
+from registry.certificates import Certificates, ForeignCertificates
 from registry.core import Registry
 from registry.credentials import Credentials
 from registry.devices import Devices
+from registry.enrolment import Enrolment
 from registry.event_log import EventLog
 from registry.feed import Feed
 from registry.hardware_id import PatternCache
@@ -37,18 +39,20 @@ from registry.operators import IssuerKey, OperatorVerifier, mint
 from registry.permissions import Permission, Role
 from registry.profiles import Profiles
 from registry.refusals import Refusals
+from registry.registration_tokens import RegistrationTokens
 from registry.resolver import Resolver
 from registry.revocation import Teardown
+from registry.revocation_lists import RevocationLists
 from registry.sealing import KeyRing
 from registry.sessions import SessionTable
 from registry.storage.database import Database
 from registry.templates import Templates
 from registry.tenants import Tenants
+from registry.trust import open_trust
 from registry.uplinks import Uplinks
 from tests.tls_peers import Holder, client_context, make_certificate
 
 BASE = "/api/v1"
-CHAIN = b"-----BEGIN CERTIFICATE-----\nnot a real one\n-----END CERTIFICATE-----\n"
 
 
 def now() -> datetime:
@@ -176,15 +180,34 @@ async def running_api(dsn: str, settings: HttpApiSettings | None = None, name: s
     feed.add_follower(teardown)
     node = Node(database, sessions, teardown, clock=now)
     patterns = PatternCache()
-    shared: dict[str, Any] = {"key_ring": ring, "clock": now, "random": os.urandom, "feed": feed}
+    trust = await open_trust(database, ring, clock=now, random=os.urandom)
+    feed.add_follower(trust.live)
+    certificates = Certificates(database, trust.live, clock=now, random=os.urandom)
+    shared: dict[str, Any] = {
+        "key_ring": ring,
+        "clock": now,
+        "random": os.urandom,
+        "feed": feed,
+        "issuer": certificates,
+    }
+    credentials = Credentials(database, teardown=teardown, **shared)
     registry = Registry(
         tenants=Tenants(database, clock=now, random=os.urandom),
         operators=OperatorVerifier({issuer.kid: issuer.public}),
         profiles=Profiles(database, clock=now, random=os.urandom),
         devices=Devices(database, teardown=teardown, **shared),
-        credentials=Credentials(database, teardown=teardown, **shared),
-        templates=Templates(database, teardown=teardown, patterns=patterns, **shared),
+        credentials=credentials,
+        templates=Templates(
+            database, teardown=teardown, patterns=patterns, key_ring=ring, clock=now, random=os.urandom, feed=feed
+        ),
         key_claim=KeyClaim(database, refusals=refusals, patterns=patterns, **shared),
+        registration_tokens=RegistrationTokens(
+            database, certificates, clock=now, random=os.urandom, feed=feed, refusals=refusals
+        ),
+        certificates=certificates,
+        foreign_certificates=ForeignCertificates(credentials, trust.live),
+        enrolment=Enrolment(database, certificates, clock=now, feed=feed, refusals=refusals, teardown=teardown),
+        revocation_lists=RevocationLists(database, trust.live, clock=now),
         resolver=resolver,
         sessions=sessions,
         uplinks=Uplinks(database),
@@ -193,7 +216,6 @@ async def running_api(dsn: str, settings: HttpApiSettings | None = None, name: s
         node=node,
         feed=feed,
         refusals=refusals,
-        ca_chain_pem=lambda: CHAIN,
         clock=now,
     )
     seen = Seen()
@@ -211,6 +233,9 @@ async def running_api(dsn: str, settings: HttpApiSettings | None = None, name: s
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await certificates.stop()
+        await registry.revocation_lists.stop()
+        await trust.live.stop()
         await resolver.stop()
         await node.leave()
         await feed.close()

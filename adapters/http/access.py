@@ -2,6 +2,8 @@
 
     OPEN          anybody; counted per address
     CLAIM         anybody with a secret that provisions, which the operation judges; attempts are counted per address
+    ENROLMENT     the same with the secret as HTTP Basic's password
+    RENEWAL       a device with its own certificate, also for some days after the certificate's end
     DEVICE        a device with its own credential
     a Permission  an operator whose role or token holds it, in its own tenant (registry/permissions.py)
 
@@ -24,6 +26,8 @@ class Public(Enum):
 
     OPEN = "open"
     CLAIM = "claim"
+    ENROLMENT = "enrolment"
+    RENEWAL = "renewal"
     DEVICE = "device"
 
 
@@ -32,7 +36,13 @@ Access = Public | Permission
 ACCESS: Final[Mapping[str, Access]] = MappingProxyType(
     {
         "Provision": Public.CLAIM,
+        "ProvisionDevice": Public.CLAIM,
+        "EstSimpleEnroll": Public.ENROLMENT,
+        "EstSimpleReenroll": Public.RENEWAL,
+        "EstCaCerts": Public.OPEN,
+        "EstCsrAttrs": Public.OPEN,
         "GetCaChain": Public.OPEN,
+        "GetCaCrl": Public.OPEN,
         "GetOpenApi": Public.OPEN,
         "GetDocs": Public.OPEN,
         "GetDocsAsset": Public.OPEN,
@@ -47,6 +57,12 @@ ACCESS: Final[Mapping[str, Access]] = MappingProxyType(
         "GetDeviceTimeline": Permission.EVENTS_READ,
         "ListUplinks": Permission.TELEMETRY_READ,
         "ListReadings": Permission.TELEMETRY_READ,
+        "CreateRegistrationToken": Permission.DEVICES,
+        "ListRegistrationTokens": Permission.DEVICES_READ,
+        "RevokeRegistrationToken": Permission.DEVICES,
+        "RegisterDeviceCert": Permission.DEVICES,
+        "ListDeviceCerts": Permission.DEVICES_READ,
+        "RevokeDeviceCert": Permission.DEVICES,
         "CreateApiKey": Permission.DEVICES,
         "CreatePsk": Permission.DEVICES,
         "ListCredentials": Permission.DEVICES_READ,

@@ -20,14 +20,15 @@ from litestar.response import Response
 
 from adapters.http.access import ACCESS, Public
 from adapters.http.allowances import Allowances
-from adapters.http.authentication import Authentication, Operator, Presented, presented
+from adapters.http.authentication import Authentication, Operator, Presented, enrolment_secret, presented
 from adapters.http.bodies import decode, decode_query, media_type
 from adapters.http.device_sessions import Connection, DeviceSessions
-from adapters.http.errors import BodyTooLarge
+from adapters.http.errors import BasicRequired, BodyTooLarge
 from registry.core import Registry
 from registry.errors import InvalidArgument, PermissionDenied, Unauthenticated
-from registry.model import Contact, Transport
+from registry.model import Contact, RenewalRight, Transport
 from registry.permissions import Permission
+from registry.secrets import Secret
 from registry.sessions import Session
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 OPERATOR: Final = "gatehouse.operator"
 SESSION: Final = "gatehouse.session"
+ENROLMENT: Final = "gatehouse.enrolment"
+RIGHT: Final = "gatehouse.renewal_right"
 CLEANUP: Final = "gatehouse.cleanup"
 HEAD: Final = "gatehouse.head"
 
@@ -85,6 +88,16 @@ class ApiRequest(LitestarRequest[Any, Any, Any]):
     def device_session(self) -> Session:
         """The session of the device that the guard has let in."""
         return cast(Session, cast(Any, self.scope)[SESSION])
+
+    @property
+    def enrolment_secret(self) -> Secret[str]:
+        """The password that came with HTTP Basic; nobody has judged it yet."""
+        return cast("Secret[str]", cast(Any, self.scope)[ENROLMENT])
+
+    @property
+    def renewal_right(self) -> RenewalRight:
+        """What the connection's certificate may ask for."""
+        return cast(RenewalRight, cast(Any, self.scope)[RIGHT])
 
     @property
     def connection(self) -> Connection | None:
@@ -164,6 +177,15 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
             request.service.allowances.spend_open(request.address)
         case Public.CLAIM:
             request.service.allowances.spend_provisioning(request.address)
+        case Public.ENROLMENT:
+            request.service.allowances.spend_provisioning(request.address)
+            _keep_secret(request)
+        case Public.RENEWAL:
+            try:
+                await _keep_right(request)
+            except Unauthenticated as refused:
+                request.service.allowances.spend_failure(request.address)
+                raise BasicRequired(refused.reason) from None
         case Public.DEVICE | Permission():
             try:
                 await _authenticate(request, access)
@@ -172,6 +194,22 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
                 raise
         case _:
             assert_never(access)
+
+
+def _keep_secret(request: ApiRequest) -> None:
+    try:
+        try:
+            cast(Any, request.scope)[ENROLMENT] = enrolment_secret(request.scope["headers"])
+        except Unauthenticated as refused:
+            request.service.authentication.refuse(refused.reason, request.contact)
+    except Unauthenticated as refused:
+        raise BasicRequired(refused.reason) from None
+
+
+async def _keep_right(request: ApiRequest) -> None:
+    connection = request.connection
+    certificate = connection.peer_certificate_der if connection is not None else None
+    cast(Any, request.scope)[RIGHT] = await request.service.authentication.renewal_right(certificate, request.contact)
 
 
 async def _authenticate(request: ApiRequest, access: Public | Permission) -> None:

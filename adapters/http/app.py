@@ -24,12 +24,15 @@ from litestar.handlers import HTTPRouteHandler
 from adapters.http import (
     audit,
     ca,
+    certificates,
     credentials,
     devices,
     docs,
+    est,
     events,
     profiles,
     provision,
+    registration_tokens,
     sessions,
     templates,
     uplinks,
@@ -37,6 +40,7 @@ from adapters.http import (
 from adapters.http.allowances import Allowances
 from adapters.http.api_request import CLEANUP, HEAD, ApiRequest, Cleanup, Service, guard
 from adapters.http.authentication import Authentication
+from adapters.http.certificates import Endpoint
 from adapters.http.device_sessions import DeviceSessions
 from adapters.http.errors import handle
 from adapters.http.events import Streams
@@ -55,12 +59,17 @@ _ROUTES: Final[tuple[HTTPRouteHandler, ...]] = (
     *profiles.ROUTES,
     *devices.ROUTES,
     *credentials.ROUTES,
+    *registration_tokens.ROUTES,
+    *certificates.ROUTES,
     *uplinks.ROUTES,
     *sessions.ROUTES,
     *events.ROUTES,
     *audit.ROUTES,
     *ca.ROUTES,
 )
+_EST_ROUTES: Final[tuple[HTTPRouteHandler, ...]] = est.ROUTES
+_MQTT: Final = Endpoint("localhost", 8883)
+_COAP: Final = Endpoint("localhost", 5684)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,8 @@ class HttpApiSettings:
     rotation_overlap_seconds: int = 86_400
     max_body_bytes: int = 1_048_576
     uplink_payload_bytes: int = MAX_PAYLOAD_BYTES
+    mqtt: Endpoint = _MQTT
+    coap: Endpoint = _COAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +144,11 @@ def create_app(registry: Registry, settings: HttpApiSettings, observer: Observer
         streams=Streams(total=settings.sse_streams, per_tenant=settings.sse_streams_per_tenant),
     )
     litestar = Litestar(
-        route_handlers=[Router(BASE, route_handlers=list(_ROUTES)), *docs.routes(document(operations()))],
+        route_handlers=[
+            Router(BASE, route_handlers=list(_ROUTES)),
+            Router(est.BASE, route_handlers=list(_EST_ROUTES)),
+            *docs.routes(document(operations())),
+        ],
         request_class=ApiRequest,
         guards=[guard],
         exception_handlers={Exception: handle},
@@ -149,7 +164,7 @@ def create_app(registry: Registry, settings: HttpApiSettings, observer: Observer
 
 def operations() -> list[Operation]:
     """Every operation, in the order of the document."""
-    return [cast(Operation, route.opt["operation"]) for route in _ROUTES]
+    return [cast(Operation, route.opt["operation"]) for route in (*_ROUTES, *_EST_ROUTES)]
 
 
 class _Front:

@@ -6,9 +6,13 @@
     Authorization: Bearer <JWT>      ──► OperatorToken  ─► verifier ─► tenant ─► Operator
 
 A header is this request's credential, a client certificate the connection's: it counts only where no header names
-another. Two headers are ambiguous and refused, because two readers would pick two. Every failure is the same 401; its
-reason goes to the log under the correlation id. A credential of the wrong kind for a route is first checked: who is
-nobody gets 401, who is known and wrong here gets 403.
+another. Two headers are ambiguous and refused, because two readers would pick two. A device's key on a connection whose
+certificate is another device's is refused, too (device_sessions.py); a certificate that nobody registered, or that has
+ended, says nothing and is not in a key's way. Without a header such a certificate is a credential that fails. EST has
+doors of its own: HTTP Basic (`enrolment_secret`), and the certificate that is to be renewed.
+
+Every failure is the same 401; its reason goes to the log under the correlation id. A credential of the wrong kind for a
+route is first checked: who is nobody gets 401, who is known and wrong here gets 403.
 
 Nothing here has state of its own.
 """
@@ -16,21 +20,25 @@ Nothing here has state of its own.
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from adapters.http.allowances import Allowances
 from registry import secrets
 from registry.core import Registry
 from registry.errors import NotFound, PermissionDenied, Unauthenticated
 from registry.events import EventKind
-from registry.model import Actor, ApiKey, ClientCertificate, Contact, TenantId
+from registry.model import Actor, ApiKey, ClientCertificate, Contact, RenewalRight, TenantId
 from registry.operators import OperatorPrincipal
 from registry.permissions import Permission, require
 from registry.secrets import Secret, SecretKind
+
+CREDENTIAL_HEADERS: Final = frozenset({b"authorization", b"x-api-key"})
+"""The headers that name a credential."""
 
 _DEVICE_PREFIX = SecretKind.API_KEY.value.encode()
 _NO_CREDENTIAL = "no credential"
@@ -82,6 +90,24 @@ def presented(headers: Iterable[tuple[bytes, bytes]], certificate_der: bytes | N
     return found
 
 
+def enrolment_secret(headers: Iterable[tuple[bytes, bytes]]) -> Secret[str]:
+    """The password of HTTP Basic (RFC 7617 §2). Raises Unauthenticated where there is none."""
+    values = [value for name, value in headers if name == b"authorization"]
+    if len(values) != 1:
+        raise Unauthenticated(_NO_CREDENTIAL if not values else "more than one credential in one request")
+    scheme, _, encoded = values[0].partition(b" ")
+    if scheme.lower() != b"basic":
+        raise Unauthenticated("the Authorization scheme is not Basic")
+    try:
+        pair = base64.b64decode(encoded.strip(), validate=True).decode()
+    except ValueError:  # binascii.Error and UnicodeDecodeError are such
+        raise Unauthenticated("malformed Basic credentials") from None
+    _, colon, password = pair.partition(":")
+    if not colon:
+        raise Unauthenticated("malformed Basic credentials")
+    return Secret(password)
+
+
 class Authentication:
     """Decides whether a request may go on to its operation."""
 
@@ -106,6 +132,12 @@ class Authentication:
             await self._verify(credential, contact)
             raise PermissionDenied("this is an operation for devices; the credential is an operator's")
         return credential
+
+    async def renewal_right(self, certificate_der: bytes | None, contact: Contact) -> RenewalRight:
+        """What the connection's certificate may ask for. Raises Unauthenticated, Unavailable."""
+        if certificate_der is None:
+            self.refuse(_NO_CREDENTIAL, contact)
+        return await self._registry.resolver.admit_for_renewal(ClientCertificate(certificate_der), contact)
 
     def refuse(self, reason: str, contact: Contact) -> NoReturn:
         """Keep the reason for the operator and raise what everybody sees."""

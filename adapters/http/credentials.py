@@ -15,6 +15,7 @@ from adapters.http.bodies import uuid_in_path
 from adapters.http.devices import device_id_in
 from adapters.http.models import (
     Answer,
+    CsrText,
     Instant,
     Issued,
     PageQuery,
@@ -92,7 +93,8 @@ class Rotation(Request, frozen=True, kw_only=True):
     overlap_seconds: Annotated[int, Meta(ge=0, le=MAX_OVERLAP_SECONDS)] | None = None
     credential_type: CredentialKind | None = None
     retire_on_use: bool = False
-    csr: Annotated[str, Meta(max_length=16_384, description="PEM; for, and only for, x509")] | None = None
+    csr: CsrText | None = None
+    """For, and only for, x509."""
 
 
 class RotatedBody(Issued, frozen=True, kw_only=True):

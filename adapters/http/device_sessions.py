@@ -25,8 +25,9 @@ from typing import Any, Final, Protocol
 from adapters.http.authentication import DeviceEvidence
 from registry import secrets
 from registry.core import Registry
-from registry.errors import ResourceExhausted, Unavailable
-from registry.model import Contact
+from registry.errors import ResourceExhausted, Unauthenticated, Unavailable
+from registry.events import EventKind
+from registry.model import ApiKey, ClientCertificate, Contact, Identity
 from registry.sessions import Session
 
 MAX_PER_CONNECTION: Final = 8
@@ -134,6 +135,7 @@ class DeviceSessions:
                     f"this connection carries {MAX_PER_CONNECTION} devices already; open another one", retry_after=1.0
                 )
             identity = await self._registry.resolver.admit(evidence.evidence, contact)
+            await self._agree(identity, connection, evidence, contact)
             session = await self._registry.sessions.open(identity, contact, connection)
             if connection.closed:
                 self._registry.sessions.ended(session)
@@ -149,6 +151,27 @@ class DeviceSessions:
     def ended(self, session: Session) -> None:
         """End a session of `for_request`."""
         self._registry.sessions.ended(session)
+
+    async def _agree(
+        self, identity: Identity, connection: Connection, evidence: DeviceEvidence, contact: Contact
+    ) -> None:
+        """Raises Unauthenticated where a key is one device's and the connection's certificate another one's."""
+        der = connection.peer_certificate_der
+        if der is None or not isinstance(evidence.evidence, ApiKey):
+            return
+        holder = await self._registry.resolver.holder(ClientCertificate(der), contact)
+        if holder in (None, identity.device_id):
+            return
+        reason = "key of another device than the connection's certificate"
+        self._registry.refusals.note(
+            tenant_id=identity.tenant_id,
+            device_id=identity.device_id,
+            kind=EventKind.AUTH_REFUSED,
+            reason=reason,
+            contact=contact,
+            detail={"credential_id": str(identity.credential_id)},
+        )
+        raise Unauthenticated(reason)
 
     def _book(self, connection: Connection) -> Book:
         book = connection.session

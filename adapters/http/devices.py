@@ -16,6 +16,7 @@ from adapters.http.bodies import uuid_in_path
 from adapters.http.events import EventBody, EventsBody, event_body
 from adapters.http.models import (
     Answer,
+    CsrText,
     Document,
     GroupNames,
     HardwareIdText,
@@ -58,6 +59,8 @@ class DeviceRegistration(Request, frozen=True, kw_only=True):
     config: Document = field(default_factory=dict)
     credential_type: CredentialKind = CredentialKind.API_KEY
     psk: PskChoice | None = None
+    csr: CsrText | None = None
+    """For `credential_type` x509: the certificate is issued at once."""
 
     def device(self) -> NewDevice:
         """As the core takes it. Raises InvalidArgument."""
@@ -75,6 +78,7 @@ class DeviceRegistration(Request, frozen=True, kw_only=True):
             config=self.config,
             credential_type=self.credential_type,
             psk=None if self.psk is None else self.psk.assignment(),
+            csr=None if self.csr is None else self.csr.encode(),
         )
 
 
@@ -179,7 +183,15 @@ class RegisteredDevice(DeviceBody, frozen=True, kw_only=True):
     psk: Psk | UnsetType = UNSET
     certificate: str | UnsetType = UNSET
     ca_chain: str | UnsetType = UNSET
+    fingerprint: str | UnsetType = UNSET
     not_after: datetime | UnsetType = UNSET
+    renew_after: datetime | UnsetType = UNSET
+
+
+class DeviceRecord(DeviceBody, frozen=True, kw_only=True):
+    """A device's record with advice: `renew_after` is when to renew its certificate, null without one of ours."""
+
+    renew_after: datetime | None
 
 
 class UpdatedDevice(DeviceBody, frozen=True, kw_only=True):
@@ -289,7 +301,7 @@ _EXAMPLE_DEVICE: Final = {
         body_example=_EXAMPLE_REGISTRATION,
         refusals=(409,),
         description="A hardware_id that the tenant already has is ALREADY_EXISTS: nothing is made, no event is "
-        "published. A device of type x509 gets its certificate afterwards.",
+        "published. A device of type x509 that sends no `csr` gets its certificate afterwards.",
     )
 )
 async def register_device(request: ApiRequest) -> Response[bytes]:
@@ -348,13 +360,17 @@ async def summarize_devices(request: ApiRequest) -> Response[bytes]:
         "GetDevice",
         "Read a device",
         "Devices",
-        {200: Reply("The device", DeviceBody, _EXAMPLE_DEVICE)},
+        {200: Reply("The device", DeviceRecord, _EXAMPLE_DEVICE | {"renew_after": None})},
     )
 )
 async def get_device(request: ApiRequest, device_id: FromPath[str]) -> Response[bytes]:
     """GET /devices/{device_id}"""
-    device = await request.registry.devices.get(request.operator.tenant_id, device_id_in(device_id))
-    return answer(200, device_body(device))
+    registry, tenant_id = request.registry, request.operator.tenant_id
+    device = await registry.devices.get(tenant_id, device_id_in(device_id))
+    renew_after = None
+    if device.credential_type is CredentialKind.X509:
+        renew_after = utc_or_none(await registry.certificates.renew_after(tenant_id, device.device_id))
+    return answer(200, DeviceRecord(**device_fields(device), renew_after=renew_after))
 
 
 @operation(

@@ -27,7 +27,7 @@ from litestar.exceptions import HTTPException
 from litestar.response import Response
 
 from adapters.http.answer import Answer, HeaderList
-from registry.errors import ErrorCode, InvalidArgument, RegistryError
+from registry.errors import ErrorCode, InvalidArgument, RegistryError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ _LATER_SECONDS: Final = 60.0
 
 class UnsupportedMediaType(InvalidArgument):
     """The body's type or coding is not one that the operation takes."""
+
+
+class BasicRequired(Unauthenticated):
+    """Nobody was recognised, where HTTP Basic is the way to say who one is (RFC 7030 §3.2.3)."""
 
 
 class BodyTooLarge(InvalidArgument):
@@ -179,6 +183,8 @@ def _allow(methods: str) -> HeaderList:
 
 def _headers(error: RegistryError) -> HeaderList:
     match error.code:
+        case ErrorCode.UNAUTHENTICATED if isinstance(error, BasicRequired):
+            return ((b"www-authenticate", b'Basic realm="gatehouse", charset="UTF-8"'),)  # RFC 7617 §2
         case ErrorCode.UNAUTHENTICATED:
             return ((b"www-authenticate", b'Bearer realm="gatehouse"'),)  # RFC 9110 §11.6.1
         case ErrorCode.RESOURCE_EXHAUSTED | ErrorCode.UNAVAILABLE:

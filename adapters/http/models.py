@@ -43,6 +43,9 @@ Tags = Annotated[
 ]
 Document = Annotated[dict[str, Json], Meta(description="A JSON object of at most 32 KiB and 32 levels")]
 Instant = Annotated[datetime, Meta(tz=True, description="RFC 3339 with its offset from UTC")]
+CsrText = Annotated[
+    str, Meta(min_length=1, max_length=16_384, description="PKCS#10 in PEM, for a key that the device has made itself")
+]
 Base64Url = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{0,86}={0,2}$", description="base64url, padding optional")]
 
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]*={0,2}")
@@ -96,7 +99,9 @@ class Issued(Answer, frozen=True, kw_only=True):
     psk: Psk | UnsetType = UNSET
     certificate: str | UnsetType = UNSET
     ca_chain: str | UnsetType = UNSET
+    fingerprint: str | UnsetType = UNSET
     not_after: datetime | UnsetType = UNSET
+    renew_after: datetime | UnsetType = UNSET
 
 
 class ClosedSessionLine(Answer, frozen=True, kw_only=True):
@@ -151,7 +156,9 @@ def issued_parts(issued: IssuedCredential | None) -> Mapping[str, Any]:
                 "credential_id": issued.credential_id,
                 "certificate": issued.certificate_pem.decode("ascii"),
                 "ca_chain": issued.chain_pem.decode("ascii"),
+                "fingerprint": issued.fingerprint,
                 "not_after": utc(issued.not_after),
+                "renew_after": utc(issued.renew_after),
             }
         case _:
             assert_never(issued)

@@ -14,7 +14,7 @@ import msgspec
 
 from adapters.http.access import ACCESS, Public
 from adapters.http.errors import ErrorBody
-from adapters.http.operations import BASE, Media, Operation, Reply, path_parameters
+from adapters.http.operations import Media, Operation, Reply, path_parameters
 from registry.model import Json
 from registry.permissions import Permission
 
@@ -26,6 +26,8 @@ _PATH_PARAMETERS: Final[Mapping[str, Json]] = {
     "session_id": {"type": "string", "format": "uuid"},
     "profile_id": {"type": "string", "minLength": 1},
     "template_id": {"type": "string", "minLength": 1},
+    "token_id": {"type": "string", "format": "uuid"},
+    "fingerprint": {"type": "string", "minLength": 1},
 }
 """What is no UUID where one belongs names nothing, so it is NOT_FOUND, as any unknown id."""
 
@@ -56,6 +58,12 @@ _SECURITY_SCHEMES: Final[Json] = {
     "deviceBearer": {"type": "http", "scheme": "bearer", "bearerFormat": "sk_live_…"},
     "deviceKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "deviceCertificate": {"type": "mutualTLS", "description": "A registered client certificate of any issuer"},
+    "enrolment": {
+        "type": "http",
+        "scheme": "basic",
+        "description": "The password is a registration token or a template's key",
+    },
+    "ownCertificate": {"type": "mutualTLS", "description": "The certificate to be renewed, issued by this server"},
 }
 
 _TAGS: Final[Sequence[tuple[str, str]]] = (
@@ -66,17 +74,18 @@ _TAGS: Final[Sequence[tuple[str, str]]] = (
     ("Uplinks", "What devices send, and what they have sent"),
     ("Sessions", "Who is connected"),
     ("Events", "What happened, and who did it"),
-    ("Certificates", "The built-in certificate authority"),
+    ("Certificates", "Registration tokens, certificates of any issuer, the built-in authority and its lists"),
+    ("EST", "Enrolment over Secure Transport (RFC 7030)"),
 )
 
 
-def document(operations: Iterable[Operation], *, base: str = BASE) -> dict[str, Json]:
+def document(operations: Iterable[Operation]) -> dict[str, Json]:
     """The document of these operations."""
     listed = list(operations)
     types = _Types(listed)
     paths: dict[str, dict[str, Json]] = {}
     for each in listed:
-        paths.setdefault(base + each.path, {})[each.method.lower()] = _operation(each, types)
+        paths.setdefault(each.base + each.path, {})[each.method.lower()] = _operation(each, types)
     for path, item in paths.items():
         names = path_parameters(path)
         if names:
@@ -175,6 +184,7 @@ def _request_body(each: Operation, types: _Types) -> Json:
         content[media] = {"schema": types.schema(each.body)}
         if each.body_example is not None and media == "application/json":
             content[media]["example"] = each.body_example
+    content |= {other.media_type: {"schema": other.schema} for other in each.other_bodies}
     return {"required": each.body_required, "content": content}
 
 
@@ -189,7 +199,8 @@ def _reply(reply: Reply, types: _Types) -> Json:
     content: dict[str, Json] = {"schema": types.schema(reply.body)}
     if reply.example is not None:
         content["example"] = reply.example
-    return described | {"content": {media: content}}
+    others = {other.media_type: {"schema": other.schema} for other in reply.other_bodies}
+    return described | {"content": {media: content, **others}}
 
 
 def _refusals(each: Operation) -> list[int]:
@@ -197,6 +208,8 @@ def _refusals(each: Operation) -> list[int]:
     match ACCESS.get(each.operation_id):
         case Permission() | Public.DEVICE:
             statuses |= {401, 403}
+        case Public.ENROLMENT | Public.RENEWAL:
+            statuses.add(401)
         case Public.OPEN | Public.CLAIM | None:
             pass
         case unknown:
@@ -229,6 +242,10 @@ def _security(each: Operation) -> Json:
             return [{"operator": []}]
         case Public.DEVICE:
             return [{"deviceBearer": []}, {"deviceKey": []}, {"deviceCertificate": []}]
+        case Public.ENROLMENT:
+            return [{"enrolment": []}]
+        case Public.RENEWAL:
+            return [{"ownCertificate": []}]
         case Public.OPEN | Public.CLAIM | None:
             return []
         case unknown:

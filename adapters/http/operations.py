@@ -37,6 +37,8 @@ class Reply:
     description: str
     body: Any = None
     example: Json = None
+    other_bodies: tuple[Media, ...] = ()
+    """Other types of the same answer, for who accepts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Operation:
 
     method: Method
     path: str
-    """Below BASE, with `{names}` for its parameters."""
+    """Below `base`, with `{names}` for its parameters."""
     operation_id: str
     summary: str
     tag: str
@@ -53,6 +55,8 @@ class Operation:
     body: type | Media | None = None
     """The type that the request's JSON is decoded by; None for a request without a body."""
     body_media: tuple[str, ...] = ("application/json",)
+    other_bodies: tuple[Media, ...] = ()
+    """Bodies that are taken instead of `body`."""
     body_required: bool = True
     body_example: Json = None
     query: type | None = None
@@ -62,6 +66,8 @@ class Operation:
     refusals: tuple[int, ...] = ()
     """Statuses of errors beside those that follow from its kind: 409, or 403 of an open route."""
     description: str = ""
+    base: str = BASE
+    """What the path stands below."""
 
 
 def operation(operation: Operation) -> Callable[[Handler], HTTPRouteHandler]:

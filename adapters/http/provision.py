@@ -16,7 +16,7 @@ from litestar.response import Response
 from msgspec import UNSET, Meta, UnsetType
 
 from adapters.http.api_request import ApiRequest, answer
-from adapters.http.models import Answer, HardwareIdText, Name, Psk, Request, issued_parts
+from adapters.http.models import Answer, CsrText, HardwareIdText, Name, Psk, Request, issued_parts
 from adapters.http.operations import Operation, Reply, operation
 from registry.key_claim import ClaimRequest
 from registry.model import CredentialKind
@@ -30,7 +30,8 @@ class Claim(Request, frozen=True, kw_only=True):
     device_name: Name
     hardware_id: HardwareIdText
     nonce: Annotated[str, Meta(pattern="^[ -~]{16,128}$")] | None = None
-    csr: Annotated[str, Meta(max_length=16_384, description="PEM; for templates of type x509")] | None = None
+    csr: CsrText | None = None
+    """For templates of type x509."""
 
     def __repr__(self) -> str:
         return "Claim(…)"
@@ -46,7 +47,9 @@ class ClaimAnswer(Answer, frozen=True, kw_only=True):
     psk: Psk | UnsetType = UNSET
     certificate: str | UnsetType = UNSET
     ca_chain: str | UnsetType = UNSET
+    fingerprint: str | UnsetType = UNSET
     not_after: datetime | UnsetType = UNSET
+    renew_after: datetime | UnsetType = UNSET
 
 
 @operation(

@@ -12,6 +12,7 @@ from adapters.http.access import ACCESS, Public
 from adapters.http.app import operations
 from registry.permissions import Permission, Role
 from tests.http_api import BASE, Api, api  # noqa: F401  # a fixture
+from tests.tls_peers import make_certificate
 
 BODIES: dict[str, Any] = {
     "UpdateDevice": {"name": "stolen"},
@@ -20,6 +21,8 @@ BODIES: dict[str, Any] = {
     "RegisterDevice": {"name": "a", "hardware_id": "x"},
     "CreateProfile": {"name": "a"},
     "CreateTemplate": {"name": "a"},
+    "CreateRegistrationToken": {"name": "a"},
+    "RegisterDeviceCert": {"certificate": make_certificate("stolen").pem.decode()},
 }
 
 
@@ -34,8 +37,11 @@ def test_every_operation_has_its_line() -> None:
     offered = {each.operation_id for each in operations()}
     pages = {"GetOpenApi", "GetDocs", "GetDocsAsset"}
     assert offered | pages == set(ACCESS)
-    assert {each for each, access in ACCESS.items() if access is Public.OPEN} == {"GetCaChain"} | pages
-    assert {each for each, access in ACCESS.items() if access is Public.CLAIM} == {"Provision"}
+    authority = {"GetCaChain", "GetCaCrl", "EstCaCerts", "EstCsrAttrs"}
+    assert {each for each, access in ACCESS.items() if access is Public.OPEN} == authority | pages
+    assert {each for each, access in ACCESS.items() if access is Public.CLAIM} == {"Provision", "ProvisionDevice"}
+    assert {each for each, access in ACCESS.items() if access is Public.ENROLMENT} == {"EstSimpleEnroll"}
+    assert {each for each, access in ACCESS.items() if access is Public.RENEWAL} == {"EstSimpleReenroll"}
     assert {each for each, access in ACCESS.items() if access is Public.DEVICE} == {"SendUplink", "SendTelemetry"}
 
 
@@ -78,7 +84,8 @@ async def test_another_tenant_finds_nothing(api: Api) -> None:  # noqa: F811
                 continue
             answer = await intruder.request(method, path.format(**objects), json=BODIES.get(operation_id))
             assert answer.status_code == 404, (operation_id, answer.status_code, answer.text)
-        for path in ("devices", "profiles", "provisioning/templates", "sessions", "events", "audit"):
+        lists = ("devices", "profiles", "provisioning/templates", "sessions", "events", "audit")
+        for path in (*lists, "devices/certs", "devices/registration/tokens"):
             listed = (await intruder.get(f"{BASE}/{path}")).json()
             entries = next(value for value in listed.values() if isinstance(value, list))
             assert entries == [] or path == "audit", path
@@ -94,11 +101,18 @@ async def made_objects(api: Api) -> dict[str, str]:  # noqa: F811
     async with api.operator() as admin:
         profile = (await admin.post(f"{BASE}/profiles", json={"name": "P"})).json()
         template = (await admin.post(f"{BASE}/provisioning/templates", json={"name": "T"})).json()
+        token = (await admin.post(f"{BASE}/devices/registration/tokens", json={"name": "T"})).json()
+        holder = await api.registered("HW-certificate", credential_type="x509")
+        pem = make_certificate("device").pem.decode()
+        path = f"{BASE}/devices/{holder['device_id']}/certs"
+        certificate = (await admin.post(path, json={"certificate": pem})).json()
     return {
         "device_id": device["device_id"],
         "credential_id": device["credential_id"],
         "profile_id": profile["profile_id"],
         "template_id": template["template_id"],
+        "token_id": token["token_id"],
+        "fingerprint": certificate["fingerprint"],
         "session_id": "3a9f1d22-6b4c-4e8a-bf21-90c7e5d4a118",
     }
 

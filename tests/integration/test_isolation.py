@@ -1,9 +1,9 @@
 """Tenants do not see one another: every operation of the OpenAPI document, with another tenant's objects.
 
 The document is walked, so a new route is tested by being there. For each operation with parameters in its path a
-fresh set of objects is made for tenant A; tenant B's administrator then asks with A's ids, and the answer must be NOT_FOUND or
-PERMISSION_DENIED. Then A asks the very same, which must not be refused: otherwise the test would prove nothing. A path
-parameter that this file does not know fails the test: teach `World` the object that it names.
+fresh set of objects is made for tenant A; tenant B's administrator then asks with A's ids, and the answer must be
+NOT_FOUND or PERMISSION_DENIED. Then A asks the very same, which must not be refused: otherwise the test would prove
+nothing. A path parameter that this file does not know fails the test: teach `World` the object that it names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 
 from registry.permissions import Role
 from tests.http_api import BASE, Api, Https, running_api, serving
+from tests.tls_peers import make_certificate
 
 METHODS = ("get", "post", "put", "delete")
 DEVICE_OPERATIONS = ("/devices/{device_id}/uplink",)
@@ -33,6 +34,8 @@ class World:
     ids: dict[str, str]
     api_key: str
     psk_device_id: str
+    fields: dict[str, str]
+    """What bodies may contain beside ids, by the field's name."""
 
     def ids_for(self, path: str) -> dict[str, str]:
         """The ids for one path: some operations want a device of a certain credential type."""
@@ -58,14 +61,27 @@ async def make_world(https: Https, slug: str) -> tuple[World, httpx.AsyncClient]
         connected = https.device(device["api_key"])
         await expect(202, connected.post(f"{BASE}/telemetry", json={"t": 1}))
         sessions = await expect(200, operator.get(f"{BASE}/sessions"))
+        token = await expect(201, operator.post(f"{BASE}/devices/registration/tokens", json={"name": f"R {mark}"}))
+        holder = await expect(
+            201,
+            operator.post(
+                f"{BASE}/devices", json={"name": "D", "hardware_id": f"HW-{mark}-x", "credential_type": "x509"}
+            ),
+        )
+        pem = make_certificate(mark).pem.decode()
+        path = f"{BASE}/devices/{holder['device_id']}/certs"
+        registered = await expect(201, operator.post(path, json={"certificate": pem}))
     ids = {
         "profile_id": f"p-{mark}",
         "template_id": template["template_id"],
         "device_id": device["device_id"],
         "credential_id": credentials["credentials"][0]["credential_id"],
         "session_id": sessions["sessions"][0]["session_id"],
+        "token_id": token["token_id"],
+        "fingerprint": registered["fingerprint"],
     }
-    return World(slug, ids, device["api_key"], psk_device["device_id"]), connected
+    fields = {"certificate": make_certificate(f"{mark} second").pem.decode()}
+    return World(slug, ids, device["api_key"], psk_device["device_id"], fields), connected
 
 
 async def expect(status: int, asking: Any) -> Any:
@@ -179,8 +195,8 @@ def minimal(openapi: dict[str, Any], schema: dict[str, Any], world: World, name:
         for part in schema["$ref"].removeprefix("#/").split("/"):
             target = target[part]
         return minimal(openapi, target, world, name)
-    if name in world.ids:
-        return world.ids[name]
+    if name in world.ids or name in world.fields:
+        return (world.ids | world.fields)[name]
     for choice in ("anyOf", "oneOf"):
         if choice in schema:
             return minimal(openapi, schema[choice][0], world, name)

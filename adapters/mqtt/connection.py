@@ -285,6 +285,7 @@ class Connection:
             raise LocalProtocolError("clean start starts with a new session")  # [MQTT-3.2.2-2]
         if bool(connect.client_id) == (client_id is not None):
             raise LocalProtocolError("a client id is assigned exactly when the client has none")
+        self._now = now
         self.session = session
         self.client_id = client_id or connect.client_id
         self.state = State.OPEN

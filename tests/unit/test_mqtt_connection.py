@@ -61,6 +61,7 @@ from adapters.mqtt.wire_packets import (
     Will,
 )
 from adapters.mqtt.wire_reasons import LocalProtocolError, PacketType, ReasonCode, Version
+from tests.fuzz.mqtt_server import noise
 
 V311, V5 = Version.V311, Version.V5
 Q0, Q1, Q2 = QoS
@@ -1432,6 +1433,12 @@ def test_a_snapshot_is_a_value_that_restores_the_session() -> None:
     assert Session.restore(Snapshot(), LIMITS).snapshot() == Snapshot()
     with pytest.raises(LocalProtocolError):
         Session.restore(replace(snapshot, outgoing=snapshot.outgoing * 2), LIMITS)
+
+
+def test_noise_raises_nothing() -> None:
+    thrown, hardy = noise(0, 500)
+    assert thrown > 2_000
+    assert hardy > 20
 
 
 def test_limits_that_cannot_be_are_refused() -> None:

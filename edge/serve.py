@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 CHAIN_FILE = "ca-chain.pem"
 AUTHORITIES_SECONDS = 1.0
 """How often a look into memory tells whether the authorities have changed."""
+FIRST_RETENTION_SECONDS = 5.0
 RETENTION_SECONDS = 3600.0
 TICKET_KEY_SECONDS = 86_400.0
 """Ticket keys live as long as a TLS context; who steals one may read what was resumed with it, for a day at most."""
@@ -146,8 +147,8 @@ class Server:
         await enter(self._running_core(core))
         certificate = ServerCertificate(config, trust, core.registry.certificates, utc_now)
         certificate.write_chain(config.data_dir / CHAIN_FILE)
-        ports = {"https": await enter(self._https_listener(core, certificate))}
-        ports["ops"] = await enter(self._ops_listener())
+        ops = await enter(self._ops_listener())  # before the others, so that it outlives them and tells of the drain
+        ports = {"https": await enter(self._https_listener(core, certificate)), "ops": ops}
         log.info("node.ready", extra={"fields": {"node": config.node.id, "ports": ports}})
         return ports
 
@@ -189,7 +190,7 @@ class Server:
     async def _running_core(self, core: Core) -> AsyncIterator[None]:
         registry, supervisor = core.registry, self._supervisor
         retention = Retention(core.database, RetentionSettings(retention_days=self._config.telemetry.retention_days))
-        await retention.run_once(utc_now())
+        await retention.make_partitions()
         await registry.feed.start()
         await registry.node.join()
         supervisor.keep("feed", registry.feed.run)
@@ -207,7 +208,7 @@ class Server:
             await core.stop_certificates()
             await registry.resolver.stop()
             try:
-                await registry.refusals.flush()
+                await registry.refusals.flush_all()
             except Unavailable:
                 log.warning("refusals.unwritten", extra={"fields": {}})
             await registry.node.leave()
@@ -285,7 +286,7 @@ class Server:
         metrics, registry = self._metrics, core.registry
         metrics.watch_sessions(registry.sessions.count)
         metrics.watch_uplink_queue(lambda: registry.uplinks.queued, lambda: registry.uplinks.queued_bytes)
-        metrics.watch_feed(registry.feed.lost_seconds)
+        metrics.watch_feed(lambda: max(registry.feed.lost_seconds(), registry.feed.lag_seconds))
         metrics.watch_limits(lambda: {Limit.UPLINK_QUEUE: registry.uplinks.turned_away})
         metrics.watch_loops(lambda: self._supervisor.restarts)
         postgres = self._postgres
@@ -355,8 +356,10 @@ _EXPECTED = (
 
 
 async def _every_hour(retention: Retention, certificates: Certificates) -> None:
+    pause = FIRST_RETENTION_SECONDS
     while True:
-        await asyncio.sleep(RETENTION_SECONDS)
+        await asyncio.sleep(pause)
+        pause = RETENTION_SECONDS
         tidied = await certificates.tidy()
         if tidied.abandoned or tidied.deleted:
             counts = {"abandoned": tidied.abandoned, "deleted": tidied.deleted}

@@ -361,7 +361,9 @@ class Credentials:
             fresh = await credentials.get(connection, found.tenant_id, found.credential_id)
         if not ended:
             before = fresh.revoked_at if fresh and fresh.revoked_at else now
-            return Receipt(found.credential_id, found.device_id, before)
+            ended_before = Ended(0, found.tenant_id, before, found.device_id, found.credential_id)
+            remaining = await self._teardown.remaining(ended_before)
+            return Receipt(found.credential_id, found.device_id, before, remaining=remaining)
         self._feed.hint()
         return await self._teardown.complete(ended[0])
 

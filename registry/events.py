@@ -28,6 +28,13 @@ class EventKind(Enum):
     CREDENTIAL_ISSUED = "credential.issued"
     CREDENTIAL_ROTATED = "credential.rotated"
     CREDENTIAL_REVOKED = "credential.revoked"
+    COMMAND_QUEUED = "command.queued"
+    COMMAND_DELIVERED = "command.delivered"
+    COMMAND_FINISHED = "command.finished"
+    COMMAND_EXPIRED = "command.expired"
+    COMMAND_CANCELLED = "command.cancelled"
+    CONFIG_CHANGED = "config.changed"
+    CONFIG_REPORTED = "config.reported"
     SESSION_CLOSED = "session.closed"
     SESSION_KICKED = "session.kicked"
     AUTH_REFUSED = "auth.refused"
@@ -96,7 +103,8 @@ class Event:
 
     position: Position
     event_id: UUID
-    kind: EventKind
+    name: str
+    """The kind's name. A newer node of the same database may write kinds that this program does not know."""
     tenant_id: TenantId
     at: datetime
     device_id: DeviceId | None
@@ -105,3 +113,11 @@ class Event:
     actor: str
     correlation_id: str
     data: Mapping[str, Json]
+
+    @property
+    def kind(self) -> EventKind | None:
+        """The kind, if this program knows it."""
+        return _KINDS.get(self.name)
+
+
+_KINDS = {kind.value: kind for kind in EventKind}

@@ -7,9 +7,10 @@
     └── nothing new: wait for a hint, or a second ──────────┘
 
 A row is *settled* when every transaction that could still commit before it has ended (its xid is below the snapshot's
-xmin); only then may the cursor pass it, or a row that commits late with a lower number would be skipped for ever. A row
-that is committed but not settled yet is delivered *early* as well, because a revocation does not wait for somebody
-else's long transaction. So a follower sees every event at least once, maybe several times: followers are idempotent.
+xmin); only then may the cursor pass it, or a row that commits late with a lower number would be skipped for ever. A
+teardown event that is committed but not settled yet is delivered *early* as well, found by an index of its own past any
+number of other events, because a revocation does not wait for somebody else's long transaction. So a follower sees
+every event at least once, a teardown maybe twice: followers are idempotent.
 
 A hint may be lost; the cursor and the poll make that a delay, never a loss. Positions survive the connection, not the
 process: a new process has no sessions and an empty cache, so it starts at the newest settled row.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Protocol
@@ -32,7 +34,7 @@ from registry.errors import RegistryError, Unavailable
 from registry.events import START, Event, Position
 from registry.model import NodeId, TenantId
 from registry.storage import events, nodes
-from registry.storage.database import Connection, Database, is_away
+from registry.storage.database import Database, is_away
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,9 @@ POLL_SECONDS = 1.0
 TRUST_SECONDS = 5.0
 """A reading older than this means that the feed is not trusted: several polls have failed."""
 UNSETTLED_POLL_SECONDS = 0.02
-"""How soon rows that wait for older transactions are looked at again."""
+"""How soon rows that wait for older transactions are looked at again; doubled while nothing comes, up to a poll."""
+READ_SECONDS = 5.0
+"""A reading that takes longer is given up with its connection."""
 _SLICE = 1000
 _HINT_SECONDS = 0.002
 """Hints of commits within this time become one NOTIFY, which takes a lock that all notifying commits share."""
@@ -87,8 +91,9 @@ class Feed:
         self._started_at = 0.0
         self._streams: dict[TenantId, asyncio.Event] = {}
         self._connection: Any = None
-        self._early_seen: set[int] = set()
+        self._early: set[int] = set()
         self.lag_seconds = 0.0
+        """How long the oldest event waits that is committed and held back by an older transaction; 0 without one."""
 
     def add_follower(self, follower: Follower) -> None:
         """Before `start`."""
@@ -98,11 +103,7 @@ class Feed:
         """Connect, take the node's lock, find the newest position. Raises Unavailable, NodeBusy."""
         self._started_at = asyncio.get_running_loop().time()
         self._connection = await self._connect()
-        async with self._database.connection() as connection:
-            moved = await events.rebase(connection)
-            if moved:
-                log.warning("feed.rebased", extra={"fields": {"events": moved}})
-            self._cursor = await events.newest_settled(connection)
+        await self._begin_anew()
         self._read_now()
 
     async def run(self) -> None:
@@ -112,6 +113,8 @@ class Feed:
             try:
                 if self._connection is None or self._connection.is_closed():
                     self._connection = await self._connect()
+                    if await events.is_ahead(self._connection, self._cursor):
+                        await self._begin_anew()  # a standby or a restored dump took over: the sweep covers the gap
                     for follower in self._followers:
                         await follower.restored()
                     log.info("feed.restored", extra={"fields": {"node": self._node_id}})
@@ -200,14 +203,25 @@ class Feed:
         self._wake.set()
 
     async def _follow_connection(self, connection: Any) -> None:
+        pause = UNSETTLED_POLL_SECONDS
         while True:
             self._wake.clear()
             if connection.is_closed():
                 raise Unavailable("the feed's connection is closed")
-            read = await self._read(connection)
-            if read.settled and len(read.settled) + len(read.early) == _SLICE:
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    early = await events.read_early(connection, self._early, _SLICE)
+                    settled = await events.read_settled(connection, self._cursor, _SLICE)
+                    waiting = await events.oldest_unsettled(connection)
+            except TimeoutError:
+                raise Unavailable(f"the events could not be read within {READ_SECONDS:.0f} s") from None
+            self._read_now()
+            self.lag_seconds = waiting or 0.0
+            await self._take(early, settled)
+            if len(settled) == _SLICE:
                 continue
-            await self._wait(UNSETTLED_POLL_SECONDS if read.early else POLL_SECONDS)
+            pause = UNSETTLED_POLL_SECONDS if settled or early else min(POLL_SECONDS, pause * 2)
+            await self._wait(pause if waiting is not None else POLL_SECONDS)
 
     async def _wait(self, seconds: float) -> None:
         try:
@@ -216,28 +230,28 @@ class Feed:
         except TimeoutError:
             pass
 
-    async def _read(self, connection: Connection) -> events.Slice:
-        async with asyncio.timeout(TRUST_SECONDS):
-            read = await events.read(connection, self._cursor, _SLICE)
-        self._read_now()
-        for event in read.early:
-            if event.position.seq not in self._early_seen:
-                self._early_seen.add(event.position.seq)
-                await self._deliver(Seen(event, False, read.age_seconds[event.position.seq]))
+    async def _take(self, early: Sequence[events.Aged], settled: Sequence[events.Aged]) -> None:
+        for each in early:
+            self._early.add(each.event.position.seq)
+            await self._deliver(Seen(each.event, False, each.age_seconds))
         touched: set[TenantId] = set()
-        for event in read.settled:
-            self.lag_seconds = read.age_seconds[event.position.seq]
-            await self._deliver(Seen(event, True, self.lag_seconds))
-            self._early_seen.discard(event.position.seq)
-            self._cursor = event.position
-            touched.add(event.tenant_id)
-        if not read.settled:
-            self.lag_seconds = 0.0
+        for each in settled:
+            await self._deliver(Seen(each.event, True, each.age_seconds))
+            self._early.discard(each.event.position.seq)
+            self._cursor = each.event.position
+            touched.add(each.event.tenant_id)
         for tenant_id in touched:
             waiting = self._streams.pop(tenant_id, None)
             if waiting is not None:
                 waiting.set()
-        return read
+
+    async def _begin_anew(self) -> None:
+        async with self._database.connection() as connection:
+            moved = await events.rebase(connection)
+            if moved:
+                log.warning("feed.rebased", extra={"fields": {"events": moved}})
+            self._cursor = await events.newest_settled(connection)
+        self._early.clear()
 
     async def _deliver(self, seen: Seen) -> None:
         for follower in self._followers:

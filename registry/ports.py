@@ -54,6 +54,10 @@ class Teardown(Protocol):
         """Close the sessions on all nodes and say which were closed, bounded by a deadline. After the commit only."""
         ...
 
+    async def remaining(self, ended: Ended) -> int:
+        """How many sessions of an earlier end are not known to be closed. `event_seq` is not looked at."""
+        ...
+
 
 class RefusalLog(Protocol):
     """Keeps the exact reason of a refusal for the operator; the peer sees a uniform one."""

@@ -102,7 +102,12 @@ class Refusals:
             except Unavailable:
                 continue  # still held; written when the database is back
 
-    async def flush(self, *, device_id: DeviceId | None = None) -> None:
+    async def flush_all(self) -> None:
+        """Write everything that is held, whether due or not: the process is about to end. Raises Unavailable."""
+        while any(held.count for held in self._held.values()):
+            await self.flush(everything=True)
+
+    async def flush(self, *, device_id: DeviceId | None = None, everything: bool = False) -> None:
         """Write what is due; all of one device's at once if it is named. Raises Unavailable, and then loses nothing."""
         async with self._writing:
             now = asyncio.get_running_loop().time()
@@ -111,15 +116,23 @@ class Refusals:
             due = [
                 (key, held, held.count)
                 for key, held in self._held.items()
-                if held.count and (now - held.last_written > HOLD_SECONDS or (device_id and key.device_id == device_id))
+                if held.count
+                and (
+                    everything
+                    or now - held.last_written > HOLD_SECONDS
+                    or (device_id is not None and key.device_id == device_id)
+                )
             ][:MAX_ROWS]
             if not due:
                 return
+            written_events = [_event(key, held) for key, held, _ in due]
             async with self._database.connection() as connection:
-                await events.insert_many(connection, [_event(key, held) for key, held, _ in due])
-            for _, held, written in due:
+                await events.insert_many(connection, written_events)
+            for (_, held, written), event in zip(due, written_events, strict=True):
                 held.count -= written
                 held.last_written = now
+                done = set(event.data["correlation_ids"])
+                held.correlation_ids = [each for each in held.correlation_ids if each not in done]
         self._feed.hint()
 
     def _log(

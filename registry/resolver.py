@@ -161,6 +161,10 @@ class Resolver:
         if state is None or state.sealed_key is None:
             self._note(None, "unknown psk", contact)
             return PskOffer(stand_in, None)
+        reason = self.judge(state)
+        if reason is not None:  # a peer with the right key must not learn that it was the right one
+            self._note(state, reason, contact)
+            return PskOffer(stand_in, None)
         try:
             return PskOffer(self._ring.open(state.sealed_key, psk_seal(state)), state)
         except SealBroken as broken:

@@ -4,7 +4,7 @@
     commit (credential row + event row)
     complete(ended) ── hint ───────────────────────────► feed delivers the event (hint, or poll, or catch-up)
       close own sessions                                   close own sessions
-      wait for the others' reports, under a deadline ◄──── teardown_report row, NOTIFY
+      wait for the others' reports, under a deadline ◄──── teardown_report row
       Receipt: sessions, remaining
 
 The commit alone decides: from then on the credential is refused everywhere, whatever happens to this code. The feed
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 RECEIPT_SECONDS = 5.0
 """How long an operator waits for the other nodes' reports; the teardown goes on after it."""
-REPORT_CHANNEL = "gatehouse_report"
 _CLOSINGS_KEPT = 4096
 _SESSION_EVENTS_AT_ONCE = 1000
 
@@ -101,8 +100,7 @@ class Teardown:
             if others:
                 reported, silent = await self._collect(ended.event_seq, others)
                 closed += reported
-            if silent:
-                remaining += await self._still_mirrored(scope, silent)
+            remaining += await self._still_mirrored(scope, [n for n in others if n not in silent])
         except Unavailable as error:
             # The commit stands and the feed goes on closing; only this receipt cannot vouch for the other nodes.
             log.warning(
@@ -118,6 +116,14 @@ class Teardown:
             remaining=remaining,
         )
 
+    async def remaining(self, ended: Ended) -> int:
+        """How many sessions an earlier end has not been seen to close: here, and in the mirror of all other nodes.
+
+        Raises Unavailable.
+        """
+        scope = Scope(ended.tenant_id, ended.device_id, ended.credential_id, ended.session_id)
+        return len(self._sessions.matching(scope)) + await self._still_mirrored(scope, [])
+
     # -- the feed's follower ---------------------------------------------------------------------------------------
 
     async def follow(self, seen: Seen) -> None:
@@ -126,7 +132,8 @@ class Teardown:
         if event.device_id is not None and (event.kind in TEARDOWN or event.kind in _STALE):
             self._resolver.forget(event.device_id)
         if event.kind in TEARDOWN:
-            self._spawn(self._follow_end(event, seen.age_seconds), f"teardown {event.position.seq}")
+            reason = _REASONS[event.kind]
+            self._spawn(self._follow_end(event, reason, seen.age_seconds), f"teardown {event.position.seq}")
         elif event.kind is EventKind.CREDENTIAL_ROTATED and seen.settled and event.device_id is not None:
             self._spawn(self._sweep(event), f"refresh {event.position.seq}")
 
@@ -174,17 +181,16 @@ class Teardown:
             self._spawn(self._record_closed(doomed, reason), "session events")
         return closed
 
-    async def _follow_end(self, event: Event, age_seconds: float) -> None:
+    async def _follow_end(self, event: Event, reason: str, age_seconds: float) -> None:
         scope = Scope(event.tenant_id, event.device_id, event.credential_id, event.session_id)
         known = event.position.seq in self._closings
-        closed = await asyncio.shield(self._close_once(event.position.seq, scope, _REASONS[event.kind], age_seconds))
+        closed = await asyncio.shield(self._close_once(event.position.seq, scope, reason, age_seconds))
         if known:
             return  # `complete` answers the operator itself, or an early delivery was reported already
         remaining = len(self._sessions.matching(scope))
         try:
             async with self._database.connection() as connection:
                 await nodes.report(connection, event.position.seq, self._sessions.node_id, closed, remaining)
-                await connection.execute(f"NOTIFY {REPORT_CHANNEL}")
         except RegistryError as error:
             log.warning(
                 "revocation.unreported", extra={"fields": {"event_seq": event.position.seq, "reason": error.message}}
@@ -240,10 +246,16 @@ class Teardown:
             await asyncio.sleep(pause)
             pause = min(0.05, pause * 1.5)
 
-    async def _still_mirrored(self, scope: Scope, silent: list[NodeId]) -> int:
+    async def _still_mirrored(self, scope: Scope, confirmed: list[NodeId]) -> int:
+        """Sessions that the mirror shows on the other nodes, living or not, but the `confirmed` ones."""
         async with self._database.connection() as connection:
             return await nodes.count_mirrored(
-                connection, scope.tenant_id, silent, scope.device_id, scope.credential_id, scope.session_id
+                connection,
+                scope.tenant_id,
+                [self._sessions.node_id, *confirmed],
+                scope.device_id,
+                scope.credential_id,
+                scope.session_id,
             )
 
     def _spawn(self, work: Any, name: str) -> asyncio.Task[Any]:

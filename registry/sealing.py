@@ -261,7 +261,7 @@ def _create(path: Path) -> None:
 
 
 def _write_beside(ring: KeyRing, path: Path) -> Path:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:

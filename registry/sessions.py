@@ -41,6 +41,7 @@ from registry.model import (
 from registry.observation import NOBODY, AuthOutcome, CloseReason, Limit, Observer
 from registry.resolver import Resolver
 
+_SWEPT_AT_ONCE = 2000
 _CLOSING_AT_ONCE = 500
 """Sessions closed in one turn of the loop: more would hold up everybody else's traffic."""
 
@@ -210,18 +211,16 @@ class SessionTable:
             session.closed = True
             session.live = False
         closed: list[ClosedSession] = []
+        closing: list[asyncio.Task[float]] = []
         for start in range(0, len(sessions), _CLOSING_AT_ONCE):
             part = sessions[start : start + _CLOSING_AT_ONCE]
-            times = await asyncio.gather(*(self._close_one(s, reason) for s in part))
-            closed += [
-                ClosedSession(
-                    s.session_id,
-                    s.contact.transport,
-                    self.node_id,
-                    round(1000 * (age_seconds + max(0.0, at - learned)), 3),
-                )
-                for s, at in zip(part, times, strict=True)
-            ]
+            closing += [asyncio.create_task(self._close_one(s, reason)) for s in part]
+            await asyncio.sleep(0)  # all deadlines run at once, and the others get their turns in between
+        for session, task in zip(sessions, closing, strict=True):
+            after = age_seconds + max(0.0, await task - learned)
+            closed.append(
+                ClosedSession(session.session_id, session.contact.transport, self.node_id, round(1000 * after, 3))
+            )
         return closed
 
     async def expire(self) -> list[Session]:
@@ -245,6 +244,13 @@ class SessionTable:
         The safety net under the feed, and the way a rotation's overlap reaches open sessions. Raises Unavailable.
         """
         sessions = list(self._by_device.get(only, {}).values()) if only is not None else self.all()
+        doomed: list[Session] = []
+        for start in range(0, len(sessions), _SWEPT_AT_ONCE):
+            doomed += await self._sweep_part(sessions[start : start + _SWEPT_AT_ONCE])
+        await self.close(doomed, "credential no longer valid")
+        return doomed
+
+    async def _sweep_part(self, sessions: list[Session]) -> list[Session]:
         states = await self._resolver.states(list({s.identity.credential_id for s in sessions}))
         doomed: list[Session] = []
         for session in sessions:
@@ -254,7 +260,6 @@ class SessionTable:
             elif state.expires_at != session.identity.expires_at:
                 session.identity = replace(session.identity, expires_at=state.expires_at)
                 self._expect_expiry(session)
-        await self.close(doomed, "credential no longer valid")
         return doomed
 
     def drain(self) -> None:
@@ -269,7 +274,10 @@ class SessionTable:
         session = Session(SessionId(uuid4()), identity, contact, self._clock(), closer, last_active=loop.time())
         self._insert(session)
         try:
-            session.identity = await self._resolver.recheck(identity, contact)
+            confirmed = await self._resolver.recheck(identity, contact)
+            # A sweep may have shortened the pending session's life after this reading: the earlier end holds.
+            ends = [e for e in (confirmed.expires_at, session.identity.expires_at) if e is not None]
+            session.identity = replace(confirmed, expires_at=min(ends, default=None))
             if session.closed:
                 raise Unauthenticated("revoked while the session was being opened")
         except BaseException:

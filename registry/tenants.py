@@ -116,9 +116,9 @@ def _checked_slug(slug: str) -> str:
 
 
 def _as_uuid(claim: str) -> UUID | None:
-    if len(claim) not in (32, 36):
-        return None  # UUID() also takes braces and "urn:uuid:", which are no names of ours
     try:
-        return UUID(claim)
+        parsed = UUID(claim)
     except ValueError:
         return None
+    # UUID() also takes braces, underscores and "urn:uuid:", which are no names of ours.
+    return parsed if claim.lower() in (str(parsed), parsed.hex) else None

@@ -83,7 +83,14 @@ class TestNode:
 
 @asynccontextmanager
 async def running_node(
-    dsn: str, name: str, ring: KeyRing, *, polite_seconds: float = 0.2, run: bool = True, cache_entries: int = 1000
+    dsn: str,
+    name: str,
+    ring: KeyRing,
+    *,
+    polite_seconds: float = 0.2,
+    run: bool = True,
+    cache_entries: int = 1000,
+    sweep_seconds: float = 30.0,
 ) -> AsyncIterator[TestNode]:
     """A node that follows the feed and beats until the block ends."""
     database = await Database.open(dsn, size=4)
@@ -104,7 +111,7 @@ async def running_node(
     )
     teardown = Teardown(database, feed, sessions, resolver, clock=now)
     feed.add_follower(teardown)
-    node = Node(database, sessions, teardown, clock=now)
+    node = Node(database, sessions, teardown, clock=now, sweep_seconds=sweep_seconds)
     await feed.start()
     await node.join()
     tasks = [asyncio.create_task(feed.run()), asyncio.create_task(node.run())] if run else []

@@ -62,7 +62,7 @@ class EventBody(Answer, frozen=True, kw_only=True):
 
     cursor: str
     event_id: UUID
-    kind: EventKind
+    kind: Annotated[str, Meta(description="One of: " + ", ".join(f"`{kind.value}`" for kind in EventKind))]
     at: datetime
     device_id: UUID | None
     credential_id: UUID | None
@@ -118,7 +118,7 @@ def event_body(event: Event) -> EventBody:
     return EventBody(
         cursor=str(event.position),
         event_id=event.event_id,
-        kind=event.kind,
+        kind=event.name,
         at=utc(event.at),
         device_id=event.device_id,
         credential_id=event.credential_id,
@@ -167,7 +167,7 @@ async def _next(source: AsyncIterator[Sequence[Event]]) -> Sequence[Event]:
 def _rendered(event: Event) -> bytes:
     # JSON has no line break outside of its texts and escapes those within, so it is one `data:` line.
     data = msgspec.json.encode(event_body(event))
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (str(event.position).encode(), event.kind.value.encode(), data)
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (str(event.position).encode(), event.name.encode(), data)
 
 
 @operation(

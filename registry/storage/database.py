@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -22,6 +23,18 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProx
 
 ACQUIRE_SECONDS = 5.0
 """How long a request waits for a connection before it is answered 503; below every client's own timeout."""
+
+SESSION_SETTINGS = MappingProxyType(
+    {
+        "timezone": "UTC",
+        "default_transaction_isolation": "read committed",
+        "idle_in_transaction_session_timeout": "60s",  # a frozen node must not hold back everybody's feed
+        "tcp_keepalives_idle": "10",  # a peer that vanished is noticed before ALIVE_SECONDS are over twice
+        "tcp_keepalives_interval": "5",
+        "tcp_keepalives_count": "3",
+    }
+)
+"""What every connection of ours is set to, whatever the database's own defaults are."""
 
 _AWAY_CLASSES = frozenset({"08", "40", "53", "57", "58"})
 """SQLSTATE classes that say "not now": connection, rolled-back, resources, operator intervention, system error."""
@@ -55,7 +68,7 @@ class Database:
                 init=_prepare_connection,
                 reset=_leave_as_it_is,
                 max_inactive_connection_lifetime=300,
-                server_settings={"application_name": "gatehouse", "timezone": "UTC", "jit": "off"},
+                server_settings={"application_name": "gatehouse", "jit": "off", **SESSION_SETTINGS},
             )
         except Exception as error:
             if not is_away(error):
@@ -89,7 +102,9 @@ class Database:
         """A connection of its own outside the pool, for LISTEN. The caller closes it. Raises Unavailable."""
         with _mapped():
             connection = await asyncpg.connect(
-                self._dsn, timeout=self._connect_timeout, server_settings={"application_name": "gatehouse-feed"}
+                self._dsn,
+                timeout=self._connect_timeout,
+                server_settings={"application_name": "gatehouse-feed", **SESSION_SETTINGS},
             )
             await _prepare_connection(connection)
             return connection
@@ -114,6 +129,11 @@ async def _leave_as_it_is(_connection: object) -> None:
 
 
 async def _prepare_connection(connection: Any) -> None:
+    # An acknowledgement means stored: a database whose default gives that up does not give it up for us. What is
+    # stricter than "on" stays.
+    await connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
     for name in ("json", "jsonb"):
         await connection.set_type_codec(name, schema="pg_catalog", encoder=encode_json, decoder=decode_json)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 from asyncpg import Record
 
-from registry.events import Event, EventKind, NewEvent, Position
+from registry.events import Event, NewEvent, Position
 from registry.model import DeviceId, TenantId
 from registry.storage.database import Connection
 
@@ -59,23 +60,20 @@ async def insert_many(connection: Connection, events: list[NewEvent]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """What a look at the table shows: `settled` can never be preceded by a later commit; `early` still could."""
+class Aged:
+    """An event, and the seconds since it was written, on the database's clock."""
 
-    settled: list[Event]
-    early: list[Event]
-    age_seconds: dict[int, float]
-    """Seconds since each event was written, by seq, on the database's clock."""
+    event: Event
+    age_seconds: float
 
 
-async def read(connection: Connection, after: Position, limit: int) -> Slice:
-    """Events of all tenants after a position, for the node's own feed."""
+async def read_settled(connection: Connection, after: Position, limit: int) -> list[Aged]:
+    """Events of all tenants after a position, which no later commit can precede, for the node's own feed."""
     rows = await connection.fetch(
         f"""
-        SELECT {_COLUMNS}, xid < pg_snapshot_xmin(pg_current_snapshot()) AS settled,
-               extract(epoch FROM clock_timestamp() - at)::float8 AS age
+        SELECT {_COLUMNS}, extract(epoch FROM clock_timestamp() - at)::float8 AS age
         FROM event
-        WHERE (xid, seq) > ($1::text::xid8, $2)
+        WHERE (xid, seq) > ($1::text::xid8, $2) AND xid < pg_snapshot_xmin(pg_current_snapshot())
         ORDER BY xid, seq
         LIMIT $3
         """,  # noqa: S608  # the columns are a constant of this file
@@ -83,11 +81,37 @@ async def read(connection: Connection, after: Position, limit: int) -> Slice:
         after.seq,
         limit,
     )
-    return Slice(
-        settled=[_event(r) for r in rows if r["settled"]],
-        early=[_event(r) for r in rows if not r["settled"]],
-        age_seconds={r["seq"]: r["age"] for r in rows},
+    return [Aged(_event(r), r["age"]) for r in rows]
+
+
+async def read_early(connection: Connection, known: Collection[int], limit: int) -> list[Aged]:
+    """Teardown events that are committed but not settled, without the `known` ones (their numbers)."""
+    rows = await connection.fetch(
+        f"""
+        SELECT {_COLUMNS}, extract(epoch FROM clock_timestamp() - at)::float8 AS age
+        FROM event
+        WHERE kind IN ('credential.revoked', 'device.deactivated', 'device.deleted', 'session.kicked')
+          AND xid >= pg_snapshot_xmin(pg_current_snapshot()) AND seq <> ALL ($1::bigint[])
+        ORDER BY xid, seq
+        LIMIT $2
+        """,  # noqa: S608  # the columns are a constant of this file
+        list(known),
+        limit,
     )
+    return [Aged(_event(r), r["age"]) for r in rows]
+
+
+async def oldest_unsettled(connection: Connection) -> float | None:
+    """Seconds since the first event was written that still waits for older transactions; None if none waits."""
+    age: float | None = await connection.fetchval(
+        """
+        SELECT extract(epoch FROM clock_timestamp() - at)::float8 FROM event
+        WHERE xid >= pg_snapshot_xmin(pg_current_snapshot())
+        ORDER BY xid, seq
+        LIMIT 1
+        """
+    )
+    return age
 
 
 async def newest_settled(connection: Connection) -> Position:
@@ -143,8 +167,17 @@ async def read_device(
 async def rebase(connection: Connection) -> int:
     """After a dump was restored into another cluster, transaction numbers start low again and old events would never
     settle. Such rows are moved to transaction 0, in their old order; the number of rows moved."""
-    status = await connection.execute("UPDATE event SET xid = '0' WHERE xid > pg_current_xact_id()")
+    # What a snapshot shows has a transaction number below its xmax, in the cluster where it was written.
+    status = await connection.execute("UPDATE event SET xid = '0' WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())")
     return int(status.rsplit(" ", 1)[-1])
+
+
+async def is_ahead(connection: Connection, position: Position) -> bool:
+    """Whether a position lies in this cluster's future: it is from another one, before a failover or a restore."""
+    ahead: bool = await connection.fetchval(
+        "SELECT $1::text::xid8 >= pg_snapshot_xmax(pg_current_snapshot())", str(position.xid)
+    )
+    return ahead
 
 
 def _event(row: Record) -> Event:
@@ -152,7 +185,7 @@ def _event(row: Record) -> Event:
     return Event(
         position=Position(row["xid"], row["seq"]),
         event_id=event_id,
-        kind=EventKind(row["kind"]),
+        name=row["kind"],
         tenant_id=row["tenant_id"],
         at=row["at"],
         device_id=row["device_id"],

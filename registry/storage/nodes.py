@@ -11,8 +11,12 @@ from asyncpg import Record
 from registry.model import ClosedSession, CredentialId, DeviceId, NodeId, SessionId, TenantId, Transport
 from registry.storage.database import Connection
 
+MirrorRow = tuple[SessionId, TenantId, DeviceId, CredentialId, Transport, str, datetime]
+"""Session, tenant, device, credential, transport, peer, opened at."""
 ALIVE_SECONDS = 10
-"""A node whose heartbeat is older counts as gone: nobody waits for it, and its mirrored sessions are removed."""
+"""Nobody waits for a node whose heartbeat is older. Its mirrored sessions still count as not confirmed."""
+FORGET_SECONDS = 60
+"""After this its row and its mirrored sessions are removed; if it lives after all, it announces itself again."""
 
 
 async def take_lock(connection: Connection, number: int, *, wait_seconds: float = 10.0) -> bool:
@@ -49,10 +53,21 @@ async def leave(connection: Connection, node_id: NodeId, incarnation: UUID) -> N
     await connection.execute("DELETE FROM node WHERE node_id = $1 AND incarnation = $2", node_id, incarnation)
 
 
-async def heartbeat(connection: Connection, node_id: NodeId) -> list[NodeId]:
-    """Tell that this node lives; the ids of the other living ones."""
-    await connection.execute("UPDATE node SET heartbeat_at = clock_timestamp() WHERE node_id = $1", node_id)
-    return await others(connection, node_id)
+async def heartbeat(
+    connection: Connection, node_id: NodeId, incarnation: UUID, started_at: datetime
+) -> tuple[list[NodeId], bool]:
+    """Tell that this node lives; the other living ones, and whether this one had been forgotten meanwhile."""
+    known: bool = await connection.fetchval(
+        """
+        INSERT INTO node (node_id, incarnation, started_at, heartbeat_at) VALUES ($1, $2, $3, clock_timestamp())
+        ON CONFLICT (node_id) DO UPDATE SET heartbeat_at = EXCLUDED.heartbeat_at
+        RETURNING xmax <> 0
+        """,
+        node_id,
+        incarnation,
+        started_at,
+    )
+    return await others(connection, node_id), not known
 
 
 async def others(connection: Connection, node_id: NodeId) -> list[NodeId]:
@@ -70,24 +85,28 @@ async def others(connection: Connection, node_id: NodeId) -> list[NodeId]:
 
 
 async def remove_dead(connection: Connection) -> None:
-    """Remove nodes that stopped beating long ago, and mirrored sessions of nodes that are not alive."""
+    """Remove nodes that stopped beating long ago, and mirrored sessions of nodes that there are not."""
     await connection.execute(
-        "DELETE FROM node WHERE heartbeat_at < clock_timestamp() - make_interval(secs => $1)", ALIVE_SECONDS * 6
+        "DELETE FROM node WHERE heartbeat_at < clock_timestamp() - make_interval(secs => $1)", FORGET_SECONDS
     )
-    await connection.execute(
-        """
-        DELETE FROM session s WHERE NOT EXISTS (
-            SELECT FROM node n
-            WHERE n.node_id = s.node_id AND n.heartbeat_at > clock_timestamp() - make_interval(secs => $1))
-        """,
-        ALIVE_SECONDS,
-    )
+    await connection.execute("DELETE FROM session s WHERE NOT EXISTS (SELECT FROM node n WHERE n.node_id = s.node_id)")
+
+
+async def clear_mirror(connection: Connection, node_id: NodeId) -> None:
+    """Remove all mirrored sessions of a node."""
+    await connection.execute("DELETE FROM session WHERE node_id = $1", node_id)
+
+
+async def mirror_size(connection: Connection, node_id: NodeId) -> int:
+    """How many sessions of a node are mirrored."""
+    number: int = await connection.fetchval("SELECT count(*) FROM session WHERE node_id = $1", node_id)
+    return number
 
 
 async def mirror(
     connection: Connection,
     node_id: NodeId,
-    opened: Sequence[tuple[SessionId, TenantId, DeviceId, CredentialId, Transport, str, datetime]],
+    opened: Sequence[MirrorRow],
     closed: Sequence[SessionId],
 ) -> None:
     """Bring the mirror of this node's sessions up to date."""
@@ -144,22 +163,22 @@ async def mirrored_session(connection: Connection, tenant_id: TenantId, session_
 async def count_mirrored(
     connection: Connection,
     tenant_id: TenantId,
-    on_nodes: Sequence[NodeId],
+    except_nodes: Sequence[NodeId],
     device_id: DeviceId | None,
     credential_id: CredentialId | None,
     session_id: SessionId | None,
 ) -> int:
-    """Mirrored sessions that an end concerns on nodes that have not answered."""
+    """Mirrored sessions that an end concerns on all nodes but those that are known to have closed them."""
     number: int = await connection.fetchval(
         """
         SELECT count(*) FROM session
-        WHERE tenant_id = $1 AND node_id = ANY ($2::text[])
+        WHERE tenant_id = $1 AND node_id <> ALL ($2::text[])
           AND ($3::uuid IS NULL OR device_id = $3)
           AND ($4::uuid IS NULL OR credential_id = $4)
           AND ($5::uuid IS NULL OR session_id = $5)
         """,
         tenant_id,
-        list(on_nodes),
+        list(except_nodes),
         device_id,
         credential_id,
         session_id,
@@ -202,11 +221,19 @@ async def reports(connection: Connection, event_seq: int) -> dict[NodeId, tuple[
 
 
 async def seen(connection: Connection, devices: Mapping[DeviceId, datetime]) -> None:
-    """Move `last_seen_at` of these devices forward. Ids of live sessions, so across tenants."""
+    """Move `last_seen_at` of these devices forward, but of those that somebody else is changing: their turn comes.
+
+    Ids of live sessions, so across tenants.
+    """
     await connection.execute(
         """
         UPDATE device d SET last_seen_at = s.at
-        FROM (SELECT * FROM unnest($1::uuid[], $2::timestamptz[]) AS u (device_id, at) ORDER BY device_id) AS s
+        FROM (
+            SELECT l.device_id, u.at
+            FROM unnest($1::uuid[], $2::timestamptz[]) AS u (device_id, at) JOIN device l ON l.device_id = u.device_id
+            ORDER BY l.device_id
+            FOR NO KEY UPDATE OF l SKIP LOCKED
+        ) AS s
         WHERE d.device_id = s.device_id AND (d.last_seen_at IS NULL OR d.last_seen_at < s.at)
         """,
         list(devices.keys()),

@@ -112,15 +112,20 @@ async def drop_before(connection: Connection, oldest_kept: date, *, lock_seconds
     if not await connection.fetchval("SELECT pg_try_advisory_lock($1)", LOCK):
         return [], []
     dropped, locked = [], []
+    blocked: set[str] = set()
     try:
         await connection.execute("SELECT set_config('lock_timeout', $1, false)", f"{int(lock_seconds * 1000)}ms")
         for partition in await listing(connection):
             if partition.day >= oldest_kept:
                 break
+            if partition.parent in blocked:  # a table has at most one partition whose detaching is under way
+                locked.append(partition.name)
+                continue
             try:
                 await _drop(connection, partition)
-            except asyncpg.LockNotAvailableError:
+            except (asyncpg.LockNotAvailableError, asyncpg.ObjectNotInPrerequisiteStateError):
                 locked.append(partition.name)
+                blocked.add(partition.parent)
             else:
                 dropped.append(partition.name)
     finally:

@@ -155,6 +155,9 @@ CREATE TABLE event (
     data            jsonb NOT NULL DEFAULT '{}'
 );
 CREATE INDEX event_in_order ON event (xid, seq);
+-- What ends sessions is looked for before it settles, past any number of other events (storage/events.read_early).
+CREATE INDEX event_teardown ON event (xid, seq)
+    WHERE kind IN ('credential.revoked', 'device.deactivated', 'device.deleted', 'session.kicked');
 CREATE INDEX event_of_tenant ON event (tenant_id, xid, seq);
 CREATE INDEX event_of_device ON event (tenant_id, device_id, xid, seq) WHERE device_id IS NOT NULL;
 

@@ -430,7 +430,7 @@ def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
         Limit.BODY: http.refused_body_too_large,
         Limit.SLOW_SENDER: http.refused_slow + http.stalled,
         Limit.HANDSHAKES: tls.dropped_handshake_limit + tls.dropped_address_limit + tls.dropped_handshake_timeout,
-        Limit.CONNECTIONS: tls.dropped_connection_limit,
+        Limit.CONNECTIONS: tls.dropped_connection_limit + tls.dropped_address_connections,
         Limit.TENANT_REQUESTS: allowances.tenant,
         Limit.KEY_REQUESTS: allowances.credential,
         Limit.OPEN_REQUESTS: allowances.address,
@@ -461,4 +461,5 @@ def _tls_limits(config: Config) -> TlsLimits:
         handshakes_in_flight=limits.tls_handshakes,
         handshakes_per_address=limits.tls_handshakes_per_address,
         connections=limits.connections,
+        connections_per_address=limits.connections_per_address,
     )

@@ -3,10 +3,11 @@
 Theory
 ------
 An unauthenticated peer costs us a socket, some 20 KB and about a millisecond of handshake. So before any of that is
-spent, three doors are counted: connections in all, handshakes in flight in all, and handshakes in flight from one
-address. An address is a whole IPv4 address or an IPv6 /64, the smallest block that one customer is given (RFC 6177).
-A connection holds one place in `Ledger` from its first byte until its handshake ends either way; the stream gives it
-back exactly once. Everything runs on one event loop; nothing can race.
+spent, four doors are counted: connections, and handshakes in flight, each in all and from one address. Whoever has one
+address can neither shake hands without end nor hold every connection there is. An address is a whole IPv4 address or
+an IPv6 /64, the smallest block that one customer is given (RFC 6177). A connection holds one place in `Ledger` until it
+ends, and a second one until its handshake does; the stream gives each back exactly once. Everything runs on one event
+loop; nothing can race.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class TlsLimits:
     handshakes_in_flight: int = 1024  # x about 50 KB while shaking hands: 50 MB at the very worst
     handshakes_per_address: int = 128  # a site behind one NAT may reconnect at once after a power cut
     connections: int = 20_000  # x at most 45 KB: under 1 GB
+    connections_per_address: int = 2_000  # a large site behind one NAT; a tenth of all, so one address leaves nine
     handshake_bytes: int = 32_768  # hello, ticket and a chain of three 4096-bit certificates fit in 12 KB
     write_high_water: int = 65_536  # above this the protocol is asked to stop writing
     write_low_water: int = 16_384
@@ -42,6 +44,7 @@ class Drop(StrEnum):
     CONNECTION_LIMIT = "dropped_connection_limit"
     HANDSHAKE_LIMIT = "dropped_handshake_limit"
     ADDRESS_LIMIT = "dropped_address_limit"
+    ADDRESS_CONNECTIONS = "dropped_address_connections"
     HANDSHAKE_TIMEOUT = "dropped_handshake_timeout"
     HANDSHAKE_OVERSIZED = "dropped_handshake_oversized"
     HANDSHAKE_FAILED = "dropped_handshake_failed"
@@ -59,6 +62,7 @@ class TlsCounters:
     __slots__ = (
         "accepted",
         "client_certificates",
+        "dropped_address_connections",
         "dropped_address_limit",
         "dropped_connection_limit",
         "dropped_flood",
@@ -89,6 +93,7 @@ class TlsCounters:
         self.dropped_connection_limit = 0
         self.dropped_handshake_limit = 0
         self.dropped_address_limit = 0
+        self.dropped_address_connections = 0
         self.dropped_handshake_timeout = 0
         self.dropped_handshake_oversized = 0
         self.dropped_handshake_failed = 0
@@ -111,12 +116,13 @@ class TlsCounters:
 class Ledger:
     """Counts connections and handshakes in flight, and says which limit a newcomer would break."""
 
-    __slots__ = ("_by_block", "_counters", "_limits")
+    __slots__ = ("_connections", "_counters", "_handshakes", "_limits")
 
     def __init__(self, limits: TlsLimits, counters: TlsCounters) -> None:
         self._limits = limits
         self._counters = counters
-        self._by_block: dict[str, int] = {}
+        self._connections: dict[str, int] = {}
+        self._handshakes: dict[str, int] = {}
 
     def admit(self, address: str) -> Drop | None:
         """Take a place for a handshake from `address`, or say which limit refuses it (and take none)."""
@@ -125,27 +131,34 @@ class Ledger:
         if self._counters.handshaking >= self._limits.handshakes_in_flight:
             return Drop.HANDSHAKE_LIMIT
         block = address_block(address)
-        held = self._by_block.get(block, 0)
-        if held >= self._limits.handshakes_per_address:
+        shaking, held = self._handshakes.get(block, 0), self._connections.get(block, 0)
+        if shaking >= self._limits.handshakes_per_address:
             return Drop.ADDRESS_LIMIT
-        self._by_block[block] = held + 1
+        if held >= self._limits.connections_per_address:
+            return Drop.ADDRESS_CONNECTIONS
+        self._handshakes[block] = shaking + 1
+        self._connections[block] = held + 1
         self._counters.handshaking += 1
         self._counters.open += 1
         return None
 
     def handshake_ended(self, address: str) -> None:
         """Give the handshake's place back; the connection, if it lives, keeps its own."""
-        block = address_block(address)
-        held = self._by_block[block] - 1
-        if held:
-            self._by_block[block] = held
-        else:
-            del self._by_block[block]
+        _one_less(self._handshakes, address_block(address))
         self._counters.handshaking -= 1
 
-    def connection_ended(self) -> None:
+    def connection_ended(self, address: str) -> None:
         """Give the connection's place back."""
+        _one_less(self._connections, address_block(address))
         self._counters.open -= 1
+
+
+def _one_less(held: dict[str, int], block: str) -> None:
+    left = held[block] - 1
+    if left:
+        held[block] = left
+    else:
+        del held[block]
 
 
 def address_block(address: str) -> str:

@@ -314,7 +314,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 if was is _State.HANDSHAKING:  # reset by the peer: nobody has counted it yet
                     self._owner.counters.drop(Drop.HANDSHAKE_TRUNCATED)
                 self._owner.ledger.handshake_ended(self.peer_address)
-            self._owner.ledger.connection_ended()
+            self._owner.ledger.connection_ended(self.peer_address)
             self._owner.connections.discard(self)
         inner = self._inner
         self._raw = self._ssl = self._inner = None

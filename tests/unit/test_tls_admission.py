@@ -17,9 +17,22 @@ def test_each_limit_refuses_by_name_and_takes_no_place() -> None:
     assert ledger.admit("10.0.0.1") is None
     ledger.handshake_ended("10.0.0.2")
     assert ledger.admit("10.0.0.4") is Drop.CONNECTION_LIMIT
-    ledger.connection_ended()
+    ledger.connection_ended("10.0.0.1")
     assert ledger.admit("10.0.0.4") is None
     assert (counters.open, counters.handshaking) == (4, 3)
+
+
+def test_one_address_cannot_hold_every_connection() -> None:
+    counters = TlsCounters()
+    ledger = Ledger(TlsLimits(connections=10, connections_per_address=2), counters)
+    for address in ("2001:db8::1", "2001:db8::2"):
+        assert ledger.admit(address) is None
+        ledger.handshake_ended(address)
+    assert ledger.admit("2001:db8::3") is Drop.ADDRESS_CONNECTIONS
+    assert ledger.admit("2001:db8:0:1::3") is None  # a neighbour's block
+    ledger.connection_ended("2001:db8::2")
+    assert ledger.admit("2001:db8::3") is None
+    assert counters.open == 3
 
 
 @pytest.mark.parametrize(

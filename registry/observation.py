@@ -70,6 +70,9 @@ class Limit(Enum):
     PROVISIONING_ATTEMPTS = "provisioning_attempts"
     FAILED_AUTHENTICATIONS = "failed_authentications"
     SSE_STREAMS = "sse_streams"
+    COMMANDS = "commands"
+    COMMAND_WAITS = "command_waits"
+    CHILDREN = "children"
 
 
 class Observer(Protocol):

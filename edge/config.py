@@ -431,7 +431,7 @@ class Limits(Section, frozen=True, kw_only=True):
 
 
 class Telemetry(Section, frozen=True, kw_only=True):
-    """What devices report."""
+    """What is kept, and for how long."""
 
     retention_days: Annotated[
         int,
@@ -442,6 +442,19 @@ class Telemetry(Section, frozen=True, kw_only=True):
             "without a disk that grows for ever. 0 keeps everything.",
         ),
     ] = 90
+    event_days: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=36_500,
+            description="Days of events, and so of device timelines. Whoever follows events by cursor must come back "
+            "within them. 0 keeps everything.",
+        ),
+    ] = 90
+    audit_days: Annotated[
+        int,
+        Meta(ge=0, le=36_500, description="Days of audit rows: who changed what. 0 keeps everything."),
+    ] = 0
 
 
 class Node(Section, frozen=True, kw_only=True):

@@ -189,7 +189,13 @@ class Server:
     @asynccontextmanager
     async def _running_core(self, core: Core) -> AsyncIterator[None]:
         registry, supervisor = core.registry, self._supervisor
-        retention = Retention(core.database, RetentionSettings(retention_days=self._config.telemetry.retention_days))
+        kept = self._config.telemetry
+        retention = Retention(
+            core.database,
+            RetentionSettings(
+                retention_days=kept.retention_days, event_days=kept.event_days, audit_days=kept.audit_days
+            ),
+        )
         await retention.make_partitions()
         await registry.feed.start()
         await registry.node.join()

@@ -430,6 +430,84 @@ def show_authorities(
     _finish(work)
 
 
+@authorities.command("rollover")
+def roll_over_authority(
+    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
+) -> None:
+    """Make a new issuing authority below the same root; what the old one issued stays valid."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.roll_over_authority(loaded, as_json=given.as_json)
+
+    _finish(work)
+
+
+@key_ring.command("rotate")
+def rotate_sealing_key(
+    context: typer.Context,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="ID", help="A key that was staged; else a new one is made.")
+    ] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Seal every secret of the database again, under another key."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.rotate_sealing_key(loaded, key, as_json=given.as_json)
+
+    _finish(work)
+
+
+@key_ring.command("stage")
+def stage_sealing_key(
+    context: typer.Context,
+    key: Annotated[str | None, typer.Option("--key", metavar="ID", help="Its id; else one is chosen.")] = None,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add a key without using it yet, to be copied to nodes with files of their own before `rotate`."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        commands.stage_sealing_key(loaded, key, as_json=given.as_json)
+
+    _finish(work)
+
+
+@key_ring.command("drop")
+def drop_sealing_key(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(metavar="ID")],
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a key out of the ring once nothing rests under it."""
+    given = _invocation(context, config, data_dir, as_json)
+    loaded = _configuration(given)
+
+    async def work() -> None:
+        from edge import commands
+
+        await commands.drop_sealing_key(loaded, key, as_json=given.as_json)
+
+    _finish(work)
+
+
 @key_ring.command("show")
 def show_key_ring(
     context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False

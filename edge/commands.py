@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ from registry.model import (
 from registry.operators import mint
 from registry.paging import MAX_LIMIT, Page
 from registry.permissions import Permission, Role
-from registry.sealing import KeyRing, KeyRingError
+from registry.sealing import KeyRing, KeyRingError, load_or_create
+from registry.trust import drop_key, roll_over, rotate_key_ring, stage_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +338,63 @@ async def show_authorities(config: Config, *, as_json: bool) -> None:
     for der, each in zip(chain, described, strict=True):
         show_text(f"{plain(each.subject)}, until {each.not_after:%Y-%m-%d}, SHA-256 {each.fingerprint}")
         show_text(bundle((der,)).decode("ascii").strip())
+
+
+async def roll_over_authority(config: Config, *, as_json: bool) -> None:
+    """Make a new issuing authority; running nodes issue with it from now on, and certificates of before stay valid."""
+    async with _core(config) as core:
+        done = await roll_over(
+            core.database, core.ring, clock=core.registry.clock, random=secrets.token_bytes, actor=cli_actor()
+        )
+        core.registry.feed.hint()
+    if as_json:
+        show_json({"active": done.active, "previous": done.previous, "not_after": shown_time(done.not_after)})
+        return
+    show_text(f"the issuing authority is now {done.active}, until {done.not_after:%Y-%m-%d}")
+    show_text(f"certificates of the one before, {done.previous}, stay valid; clients that trust the root need nothing")
+
+
+async def rotate_sealing_key(config: Config, key_id: str | None, *, as_json: bool) -> None:
+    """Seal everything under another key: a staged one (`key_id`), or a new one. Raises KeyRingError."""
+    path = config.security.key_ring
+    async with _core(config) as core:
+        _, done = await rotate_key_ring(core.database, core.ring, path, actor=cli_actor(), key_id=key_id)
+        core.registry.feed.hint()
+    if as_json:
+        show_json({"path": str(path), "active": done.active, "resealed": done.resealed, "left": done.left})
+        return
+    show_text(f"{plain(done.active)} is the active key of {path}; {done.resealed} values were sealed again")
+    if done.left:
+        show_text(f"{done.left} values rest under older keys, because a node still seals under one: rotate again later")
+    show_text("nodes with a key ring file of their own need the new file; older keys stay in it until they are dropped")
+
+
+def stage_sealing_key(config: Config, key_id: str | None, *, as_json: bool) -> None:
+    """Add a key that opens but does not seal yet, for several nodes with files of their own. Raises KeyRingError."""
+    path = config.security.key_ring
+    _key_ids(path)
+    ring = load_or_create(path)
+    before = set(ring.key_ids)
+    staged = stage_key(ring, path, key_id)
+    (new,) = set(staged.key_ids) - before
+    if as_json:
+        show_json({"path": str(path), "staged": new, "active": staged.active})
+        return
+    show_text(
+        f"{plain(new)} is in {path}, not active: copy the file to every node, then rotate with --key {plain(new)}"
+    )
+
+
+async def drop_sealing_key(config: Config, key_id: str, *, as_json: bool) -> None:
+    """Take a key out of the ring that nothing rests under. Raises KeyRingError."""
+    path = config.security.key_ring
+    async with _core(config) as core:
+        reduced = await drop_key(core.database, core.ring, path, key_id, actor=cli_actor())
+        core.registry.feed.hint()
+    if as_json:
+        show_json({"path": str(path), "dropped": key_id, "key_ids": sorted(reduced.key_ids)})
+        return
+    show_text(f"{plain(key_id)} is no longer in {path}")
 
 
 def show_key_ring(config: Config, *, as_json: bool) -> None:

@@ -345,7 +345,8 @@ class Limits(Section, frozen=True, kw_only=True):
             ge=1,
             le=10_000_000,
             description="The same from one IPv4 address or IPv6 /64: one peer without any credential cannot hold them "
-            "all. Raise it for a larger site behind one NAT, and to `connections` behind a balancer that hides addresses.",
+            "all. Raise it for a larger site behind one NAT; as high as `connections` behind a balancer that hides "
+            "addresses.",
         ),
     ] = 2_000
     sessions: Annotated[

@@ -177,9 +177,6 @@ class _Front:
     async def __call__(
         self, scope: Scope, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
     ) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         loop = asyncio.get_running_loop()
         began = loop.time()
         method = scope["method"]

@@ -69,8 +69,8 @@ class HotHandler(Protocol):
 
     def handle(
         self, connection: HttpConnection, method: str, path: str, headers: Headers, body: bytes
-    ) -> Answer | Later | Awaitable[Answer] | None:
-        """Answer now, promise an answer, or decline (None): then the application gets the request.
+    ) -> Answer | Later | Awaitable[Answer]:
+        """Answer now, or promise an answer.
 
         Runs inside the read callback, so it must not block. Header names are lower case. `headers` must not be changed;
         it is the same object as a request's before on this connection if, and only if, the two said the same in it. An
@@ -514,14 +514,6 @@ class HttpConnection(asyncio.Protocol):
         except Exception as error:  # as at the end of a connection task: one request's failure stays its own
             self._hot_failed(request, error)
             return
-        if outcome is None:
-            exchange = Exchange(self, head)
-            exchange.body += request.body
-            exchange.body_complete = True
-            exchange.expects_continue = False
-            self._current = exchange
-            self._start_task(exchange)
-            return
         self._server.counters.hot_requests += 1
         if isinstance(outcome, Answer):
             self._send_answer(request, outcome)
@@ -599,7 +591,6 @@ class HttpConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _scope(self, head: Head) -> Scope:
-        server = self._server
         transport = self._transport
         client = transport.get_extra_info("peername") if transport is not None else None
         local = transport.get_extra_info("sockname") if transport is not None else None
@@ -616,7 +607,6 @@ class HttpConnection(asyncio.Protocol):
             "headers": head.headers,
             "client": client[:2] if client else None,
             "server": local[:2] if local else None,
-            "state": server.app_state.copy(),
             "extensions": {"gatehouse.connection": self},
         }
 

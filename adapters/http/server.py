@@ -7,7 +7,8 @@ Theory
 deadline cancels what still runs, event streams above all; a second later it cuts what is left. Nothing survives it.
 
 The server holds what its connections share: the application, the limits, the hot handler, the counters. It has no
-signal handling, no access log and no configuration of its own; those belong to the process.
+signal handling, no access log and no configuration of its own; those belong to the process. The application is started
+and stopped by whoever made it: there is no ASGI lifespan.
 
 What can race: a connection may appear while draining starts (its handshake had just finished): it is in `connections`
 and is closed with the others, or at its first idle moment. What can be lost: responses cut by the deadline.
@@ -18,13 +19,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 from uuid import uuid4
 
 from adapters.http.answer import Code, DateLine, Refusal, render
 from adapters.http.connection import HotHandler, HttpConnection
 from adapters.http.exchange import AsgiApp
-from adapters.http.lifespan import Lifespan
 from adapters.http.limits import HttpCounters, HttpLimits
 from adapters.tls.admission import TlsCounters, TlsLimits
 from adapters.tls.context import TlsContext
@@ -61,16 +61,10 @@ class HttpsServer:
             self.limits.send_timeout,
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lifespan = Lifespan(app)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener = TlsListener(
             tls_context, self._new_connection, limits=tls_limits, plaintext_hint=self._plaintext_hint
         )
-
-    @property
-    def app_state(self) -> dict[str, Any]:
-        """What the application's lifespan left for its requests."""
-        return self._lifespan.state
 
     @property
     def tls_counters(self) -> TlsCounters:
@@ -78,21 +72,16 @@ class HttpsServer:
         return self._listener.counters
 
     async def start(self, host: str, port: int) -> int:
-        """Start the application, then listen. Returns the bound port.
+        """Listen on `host` (a name or an address) and `port` (0: any free one). Returns the bound port.
 
-        Raises LifespanFailed when the application cannot start, OSError when the address cannot be bound.
+        Raises OSError when the address cannot be bound.
         """
         self._loop = asyncio.get_running_loop()
-        await self._lifespan.start()
-        try:
-            return await self._listener.start(host, port)
-        except OSError:
-            await self._lifespan.stop()
-            raise
+        return await self._listener.start(host, port)
 
     async def drain(self, seconds: float) -> None:
-        """Stop serving: politely for `seconds`, then not. Returns when every connection is closed and the application
-        has stopped. A second call waits for nothing more than what is left."""
+        """Stop serving: politely for `seconds`, then not. Returns when every connection is closed and no request runs.
+        A second call waits for nothing more than what is left."""
         self.draining = True
         await self._listener.close()
         for connection in list(self.connections):
@@ -107,7 +96,6 @@ class HttpsServer:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.wait(list(self._tasks), timeout=_LAST_WORDS)
-        await self._lifespan.stop()
 
     def track(self, task: asyncio.Task[None]) -> None:
         """Hold a request's task until it is done, and count it as in flight."""

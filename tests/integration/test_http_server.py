@@ -17,7 +17,6 @@ import pytest
 from adapters.http.answer import Answer
 from adapters.http.connection import HttpConnection
 from adapters.http.exchange import AsgiApp, Message, Scope
-from adapters.http.lifespan import LifespanFailed
 from adapters.http.limits import HttpLimits
 from adapters.http.request import Headers
 from adapters.http.server import HttpsServer
@@ -40,9 +39,6 @@ class App:
         self.started = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.lifespan(scope, receive, send)
-            return
         self.scopes.append(scope)
         self.started.set()
         match scope["path"]:
@@ -86,17 +82,8 @@ class App:
             case "/empty":
                 await send({"type": "http.response.start", "status": 204, "headers": [(b"content-length", b"0")]})
                 await send({"type": "http.response.body"})
-            case "/state":
-                await answer(send, 200, json.dumps(scope["state"]).encode())
             case _:
                 await answer(send, 404, b"none")
-
-    async def lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert (await receive())["type"] == "lifespan.startup"
-        scope["state"]["began"] = True
-        await send({"type": "lifespan.startup.complete"})
-        assert (await receive())["type"] == "lifespan.shutdown"
-        await send({"type": "lifespan.shutdown.complete"})
 
 
 async def answer(send: Send, status: int, body: bytes) -> None:
@@ -252,30 +239,6 @@ async def test_the_application_sees_the_request_and_its_connection() -> None:
 
 
 @on_both_loops
-async def test_lifespan_state_reaches_requests() -> None:
-    async with serving(App()) as site:
-        assert (await site.ask(get("/state"))).json() == {"began": True}
-
-
-async def test_an_application_that_fails_to_start_keeps_the_server_closed() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await receive()
-        raise RuntimeError("no database")
-
-    with pytest.raises(LifespanFailed):
-        await HttpsServer(app, TlsContext(SERVER.credentials())).start("127.0.0.1", 0)
-
-
-async def test_an_application_without_lifespan_is_served() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        assert scope["type"] == "http"
-        await answer(send, 200, b"ok")
-
-    async with serving(app) as site:
-        assert (await site.ask(get("/"))).body == b"ok"
-
-
-@on_both_loops
 async def test_chunked_both_ways_and_trailers_never_become_headers() -> None:
     app = App()
     async with serving(app) as site:
@@ -407,10 +370,8 @@ class Hot:
 
     def handle(
         self, connection: HttpConnection, method: str, path: str, headers: Headers, body: bytes
-    ) -> Answer | Awaitable[Answer] | None:
+    ) -> Answer | Awaitable[Answer]:
         match body:
-            case b"decline":
-                return None
             case b"fail":
                 raise RuntimeError("hot failure")
             case b"fail later":
@@ -432,9 +393,9 @@ class Hot:
 
 
 @on_both_loops
-async def test_the_hot_handler_answers_now_later_or_not_at_all() -> None:
-    app, hot = App(), Hot()
-    async with serving(app, hot=hot) as site:
+async def test_the_hot_handler_answers_now_or_later() -> None:
+    hot = Hot()
+    async with serving(App(), hot=hot) as site:
         client = await site.client()
         client.send(post("/hot", b"now"), post("/hot", b"coroutine"), post("/hot", b"hold"), post("/hot", b"after"))
         now = await client.response()
@@ -445,9 +406,6 @@ async def test_the_hot_handler_answers_now_later_or_not_at_all() -> None:
         hot.held[0].set_result(Answer(202, b"stored"))
         assert (await client.response()).body == b"stored"
         assert (await client.response()).body == b"hot after"
-        client.send(post("/hot", b"decline"))  # the application gets it whole
-        assert (await client.response()).status == 404
-        assert app.scopes[0]["path"] == "/hot"
 
 
 async def test_failures_of_the_hot_handler_are_a_500_and_the_connection_goes_on(

@@ -13,7 +13,8 @@ revocation either commits before that reading, which then refuses, or after it, 
 A PSK is needed before it is proved. `offer` gives a key for any identity: an unknown one gets a random key, so the
 handshake fails exactly as it does for a wrong key. `confirm` is called when the handshake has verified.
 
-Unknown and refused credentials do the same work: one look-up by hash through the same statement, never cached.
+Unknown and refused credentials do the same work: one look-up by hash through the same statement, never from the cache,
+not even when one expired while it was remembered.
 
 A certificate has one more door, `admit_for_renewal`. It opens a little longer than `admit`: for some days after the
 certificate's own end (`certs.renewal`), so that a device that slept through it can still ask for a successor. What it
@@ -220,7 +221,7 @@ class Resolver:
     async def _find(self, lookup: Lookup, contact: Contact) -> CredentialState | None:
         if self._feed_trusted():
             cached = self._cache.get(lookup)
-            if cached is not None:
+            if cached is not None and self.judge(cached) is None:
                 self.counters.cache_hits += 1
                 return cached
         self.counters.cache_misses += 1

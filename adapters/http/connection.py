@@ -11,9 +11,12 @@ answered one after another in the order of their arrival (RFC 9112 §9.3.2): at 
 What waits is one of
 - `Exchange`: handed to the ASGI application as soon as its head is there; its body follows;
 - `HotRequest`: a small, complete request of a path that the hot handler accepts. The handler answers at once or with
-  a future; no task, no scope, one write. It may also decline, and the application gets the request. Devices repeat
-  themselves, so the last such head is kept, and one with the same words is not read again;
+  a future; no task, no scope, one write;
 - `Refusal`: the answer to bad input. It keeps its place in the order, is the last, and then the connection drains.
+
+Devices repeat themselves, so a connection keeps the first few heads of hot requests that came whole in one read. When a
+read between two requests begins with the very bytes of such a head and ends with the body that it announces, the parser
+need not see it: llhttp keeps nothing from one message to the next, so the same bytes would mean the same again.
 
 Bounds: a head is counted as it comes in and refused while it is still incomplete; a body by its announced length, or as
 its chunks arrive; what is buffered for a slow application, or behind the current request, stops the reading of the
@@ -50,7 +53,8 @@ if TYPE_CHECKING:
 _LOG: Final = logging.getLogger("gatehouse.http")
 
 _DISCARDED_BODY: Final = 65_536  # what is still to come of a body that nobody wants, rather than closing
-_REMEMBERED_HEAD: Final = 1_024  # bytes: a device's head has 300, and every open connection may keep one
+_KNOWN_HEADS: Final = 4  # on a connection: one for each length of a device's bodies, as these differ by a digit or two
+_KNOWN_HEAD_BYTES: Final = 1_024  # a device's head has 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +76,8 @@ class HotHandler(Protocol):
     ) -> Answer | Later | Awaitable[Answer]:
         """Answer now, or promise an answer.
 
-        Runs inside the read callback, so it must not block. Header names are lower case. `headers` must not be changed;
-        it is the same object as a request's before on this connection if, and only if, the two said the same in it. An
-        exception becomes a 500. `Later` costs the least, an awaitable a task.
+        Runs inside the read callback, so it must not block. Header names are lower case. `headers` must not be changed,
+        others may share them. An exception becomes a 500. `Later` costs the least, an awaitable a task.
         """
 
 
@@ -115,14 +118,15 @@ class HttpConnection(asyncio.Protocol):
         "_head_fed",
         "_headers",
         "_idle_at",
+        "_known_heads",
         "_last_seen",
         "_loop",
         "_lost",
         "_parser",
         "_phase",
+        "_read",
         "_read_size",
         "_receiving",
-        "_remembered",
         "_server",
         "_stall_at",
         "_target",
@@ -157,7 +161,8 @@ class HttpConnection(asyncio.Protocol):
         self._head_fed = 0
         self._read_size = 0
         self._head: Head | None = None
-        self._remembered: tuple[_Words, Head] | None = None
+        self._read = b""  # what the parser is being fed, if it began with a request whose head may become known
+        self._known_heads: dict[bytes, Head] = {}
         self._receiving: Exchange | None = None
         self._body_parts: list[bytes] | None = None
         self._body_bytes = 0
@@ -232,6 +237,11 @@ class HttpConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf or self._parser is None:
             return
+        if self._phase is _Phase.IDLE:
+            if self._repeated(data):
+                return
+            if len(self._known_heads) < _KNOWN_HEADS:
+                self._read = data
         self._read_size = len(data)
         try:
             self._parser.feed_data(data)
@@ -240,6 +250,7 @@ class HttpConnection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._parse_failed(error)
         else:
+            self._read = b""
             if self._phase is not _Phase.IDLE:
                 self._incomplete()
 
@@ -340,7 +351,14 @@ class HttpConnection(asyncio.Protocol):
         assert parser is not None
         server = self._server
         self._check_head_size()
-        head = self._read_head(parser)
+        head = read_head(
+            parser.get_method().decode("ascii"),
+            parser.get_http_version(),
+            self._target,
+            self._headers,
+            keep_alive=parser.should_keep_alive(),
+            upgrade=parser.should_upgrade(),
+        )
         limits = server.limits
         length = head.length
         self._body_limit = limits.body_overrides.get(head.path, limits.max_body_bytes)
@@ -362,7 +380,6 @@ class HttpConnection(asyncio.Protocol):
             and server.hot.accepts(head.method, head.path)
         ):
             self._body_parts = []
-            self._remember(parser, head)
             if head.expects_continue and length and self._current is None:
                 self.write(CONTINUE)
             return
@@ -371,33 +388,14 @@ class HttpConnection(asyncio.Protocol):
             exchange.body_complete = True
         self._enqueue(exchange)
 
-    def _read_head(self, parser: httptools.HttpRequestParser) -> Head:
-        words = (parser.get_method(), parser.get_http_version(), self._target)
-        if self._remembered is not None:
-            known, head = self._remembered
-            if known == words and head.headers == self._headers:
-                return head
-            self._remembered = None
-        return read_head(
-            words[0].decode("ascii"),
-            words[1],
-            self._target,
-            self._headers,
-            keep_alive=parser.should_keep_alive(),
-            upgrade=parser.should_upgrade(),
-        )
-
-    def _remember(self, parser: httptools.HttpRequestParser, head: Head) -> None:
-        if self._remembered is None and _head_size(self._target, head.headers) <= _REMEMBERED_HEAD:
-            self._remembered = (parser.get_method(), parser.get_http_version(), self._target), head
-
     def _check_head_size(self) -> None:
         limits = self._server.limits
         if len(self._headers) > limits.max_header_count:
             self._refuse_here(_too_large_headers(f"more than {limits.max_header_count} headers"))
         if self._head_fed + self._read_size <= limits.max_header_bytes:
             return  # the usual head came whole in one small read
-        if _head_size(self._target, self._headers) > limits.max_header_bytes:
+        size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+        if size > limits.max_header_bytes:
             self._refuse_here(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
 
     def on_body(self, part: bytes) -> None:
@@ -417,12 +415,37 @@ class HttpConnection(asyncio.Protocol):
         self._last_seen = not head.keep_alive
         if self._body_parts is not None:
             parts, self._body_parts = self._body_parts, None
+            if self._read:
+                self._keep_head(head)
             self._enqueue(HotRequest(head, parts[0] if len(parts) == 1 else b"".join(parts)))
         elif self._receiving is not None:
             exchange, self._receiving = self._receiving, None
             exchange.end_body()
             if exchange.complete and self._current is None:
                 self._become_idle()
+
+    # The same head again, without the parser
+
+    def _keep_head(self, head: Head) -> None:
+        """Know this head again, if what was read is it and its body, and nothing else."""
+        end = self._read.find(b"\r\n\r\n") + 4
+        whole = len(self._read) - end == head.length
+        if whole and end <= _KNOWN_HEAD_BYTES and head.keep_alive and not head.expects_continue:
+            self._known_heads[self._read[:end]] = head
+
+    def _repeated(self, data: bytes) -> bool:
+        """Take a whole request whose head is known, unless there is any reason for a second look."""
+        server = self._server
+        if not self._known_heads or self._last_seen or self._waiting or server.in_flight >= server.limits.max_in_flight:
+            return False
+        end = data.find(b"\r\n\r\n", 0, _KNOWN_HEAD_BYTES) + 4
+        head = self._known_heads.get(data[:end])
+        if head is None or len(data) - end != head.length:
+            return False
+        server.counters.requests += 1
+        self._idle_at = _NEVER
+        self._enqueue(HotRequest(head, data[end:]))
+        return True
 
     # What an exchange asks
 
@@ -747,11 +770,6 @@ class HttpConnection(asyncio.Protocol):
 
 
 _NEVER: Final = float("inf")
-_Words = tuple[bytes, str, bytes]  # method, version and target, as they came
-
-
-def _head_size(target: bytes, headers: Headers) -> int:
-    return len(target) + sum(len(name) + len(value) + 4 for name, value in headers)
 
 
 def _result(done: asyncio.Future[Answer]) -> Answer:

@@ -1,6 +1,6 @@
 """Devices on HTTP connections: the first authenticated request opens a session, the following ones use it.
 
-    request ── the last one's very headers, session open ──► used at once, not even its key is read
+    request ── the last one's very credential header, session open ──► used at once, it is not even hashed
         ├───── key known on this connection, session open ─► used at once, no look-up
         └───── otherwise: admit ─► sessions.open ─► remembered on the connection
     connection closed, by whoever ──► sessions.ended for all of them
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from adapters.http.authentication import DeviceEvidence
+from adapters.http.authentication import CREDENTIAL_HEADERS, DeviceEvidence
 from registry import secrets
 from registry.core import Registry
 from registry.errors import ResourceExhausted, Unauthenticated, Unavailable
@@ -60,8 +60,8 @@ class Book:
 
     entries: list[tuple[bytes, Session]] = field(default_factory=list)
     last: tuple[HeaderLines, Session] | None = None
-    """The headers of the last request and whose they were. The connection has one object for headers that say the same,
-    and its certificate does not change, so these headers are this session's as long as it is open."""
+    """The credential headers of the last request, and whose they were. The connection's certificate does not change, so
+    these headers, or none, are this session's as long as it is open."""
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def find(self, digest: bytes) -> Session | None:
@@ -88,16 +88,19 @@ class DeviceSessions:
         self._registry = registry
 
     def repeated(self, connection: Connection, headers: HeaderLines) -> Session | None:
-        """The open session that a request with these very headers used before; cheapest. Marks it as active."""
+        """The open session of the last request, if this one shows the very same credential; cheapest. Marks it as
+        active."""
         book = connection.session
-        if not isinstance(book, Book) or book.last is None or book.last[0] is not headers:
+        if not isinstance(book, Book) or book.last is None:
             return None
-        return self._if_open(book.last[1])
+        known, session = book.last
+        # A credential that differs is not compared in constant time: the connection has shown the known one itself.
+        return self._if_open(session) if _credentials(headers) == known else None
 
     def remember(self, connection: Connection, headers: HeaderLines, session: Session) -> None:
-        """Requests with these very headers are the session's from now on."""
+        """Requests that show the same credential are the session's from now on."""
         if isinstance(connection.session, Book):
-            connection.session.last = headers, session
+            connection.session.last = _credentials(headers), session
 
     def current(self, connection: Connection, digest: bytes) -> Session | None:
         """The open session of a credential on its connection, if there is one; cheap. Marks it as active."""
@@ -192,3 +195,7 @@ class DeviceSessions:
     def _forget_ended(self, book: Book) -> None:
         # An expired one that is not closed yet is closed by the table itself, which records it.
         book.entries = [entry for entry in book.entries if not entry[1].closed]
+
+
+def _credentials(headers: HeaderLines) -> HeaderLines:
+    return [line for line in headers if line[0] in CREDENTIAL_HEADERS]

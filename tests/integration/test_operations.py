@@ -374,11 +374,22 @@ def test_every_documented_key_is_read_somewhere() -> None:
     for module in EDGE.glob("*.py"):
         if module.name == "config.py":
             continue
-        for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Attribute):
-                owner = node.value
-                section = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
-                read.add((section, node.attr))
+        nodes = list(ast.walk(ast.parse(module.read_text())))
+        called = {
+            target.id: node.value.attr
+            for node in nodes
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in nodes:
+            match node:
+                case ast.Attribute(value=ast.Attribute(attr=section), attr=key):
+                    read.add((section, key))
+                case ast.Attribute(value=ast.Name(id=name), attr=key):
+                    read.add((called.get(name, name), key))
+                case _:
+                    pass
     known = set(KEYS) - RESERVED - {("", "data_dir"), ("database", "dsn_file")}  # the last becomes database.dsn
     assert ("limits", "no_such_key") not in read
     assert known - read == set()

@@ -30,6 +30,7 @@ from msgspec import UNSET, UnsetType
 
 from registry import fields
 from registry.credentials import IssuedCredential, Mint, issue_certificate, preparing
+from registry.device_config import record_change
 from registry.errors import FailedPrecondition, InvalidArgument, NotFound
 from registry.events import EventKind, NewEvent
 from registry.hardware_id import parse_hardware_id
@@ -244,7 +245,9 @@ class Devices:
             if after == before:
                 return Updated(before, None)
             after = replace(after, updated_at=now)
-            await devices.update(connection, after)
+            config_version = await devices.update(connection, after)
+            if config_version is not None:
+                await record_change(connection, tenant_id, device_id, config_version, actor)
             event_seq = await _record_change(connection, before, after, actor)
         self._feed.hint()
         if after.status is before.status or after.status is not DeviceStatus.INACTIVE:

@@ -160,16 +160,21 @@ async def count(connection: Connection, tenant_id: TenantId) -> list[tuple[Devic
     return [(DeviceStatus(r["status"]), CredentialKind(r["credential_type"]), r["devices"]) for r in rows]
 
 
-async def update(connection: Connection, device: Device) -> None:
-    """Write all that may change. Raises AlreadyExists, InvalidArgument (references)."""
+async def update(connection: Connection, device: Device) -> int | None:
+    """Write all that may change; the next version of the configuration, if that is among what changed.
+
+    Raises AlreadyExists, InvalidArgument (references). Duty of the caller: hold the row's lock.
+    """
     with _references_checked(device):
-        await connection.execute(
+        config_version: int | None = await connection.fetchval(
             """
             UPDATE device
             SET hardware_id = $3, name = $4, status = $5, groups = $6, tags = $7, anchor_mode = $8, profile_id = $9,
                 site_id = $10, gateway_id = $11, firmware = $12, meta = $13, config = $14, credential_type = $15,
-                updated_at = $16
+                updated_at = $16, config_version = config_version + (config IS DISTINCT FROM $14)::integer
             WHERE tenant_id = $1 AND device_id = $2
+            RETURNING CASE WHEN config_version > (SELECT d.config_version FROM device d WHERE d.device_id = $2)
+                      THEN config_version END
             """,
             device.tenant_id,
             device.device_id,
@@ -188,6 +193,7 @@ async def update(connection: Connection, device: Device) -> None:
             device.credential_type.value,
             device.updated_at,
         )
+    return config_version
 
 
 async def set_credential_type(

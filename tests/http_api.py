@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -159,7 +159,9 @@ class Https:
 
 
 @asynccontextmanager
-async def running_api(dsn: str, settings: HttpApiSettings | None = None, name: str = "one") -> AsyncIterator[Api]:
+async def running_api(
+    dsn: str, settings: HttpApiSettings | None = None, name: str = "one", clock: Callable[[], datetime] = now
+) -> AsyncIterator[Api]:
     """A core with one tenant, running until the block ends."""
     database = await Database.open(dsn, size=8)
     ring = KeyRing.generate()
@@ -170,53 +172,53 @@ async def running_api(dsn: str, settings: HttpApiSettings | None = None, name: s
         database,
         ring,
         refusals,
-        clock=now,
+        clock=clock,
         random=os.urandom,
         feed_trusted=lambda: feed.trusted,
         hint=feed.hint,
     )
-    sessions = SessionTable(NodeId(name), resolver, clock=now, feed_lost_seconds=feed.lost_seconds)
-    teardown = Teardown(database, feed, sessions, resolver, clock=now)
+    sessions = SessionTable(NodeId(name), resolver, clock=clock, feed_lost_seconds=feed.lost_seconds)
+    teardown = Teardown(database, feed, sessions, resolver, clock=clock)
     feed.add_follower(teardown)
-    node = Node(database, sessions, teardown, clock=now)
+    node = Node(database, sessions, teardown, clock=clock)
     patterns = PatternCache()
-    trust = await open_trust(database, ring, clock=now, random=os.urandom)
+    trust = await open_trust(database, ring, clock=clock, random=os.urandom)
     feed.add_follower(trust.live)
-    certificates = Certificates(database, trust.live, clock=now, random=os.urandom)
+    certificates = Certificates(database, trust.live, clock=clock, random=os.urandom)
     shared: dict[str, Any] = {
         "key_ring": ring,
-        "clock": now,
+        "clock": clock,
         "random": os.urandom,
         "feed": feed,
         "issuer": certificates,
     }
     credentials = Credentials(database, teardown=teardown, **shared)
     registry = Registry(
-        tenants=Tenants(database, clock=now, random=os.urandom),
+        tenants=Tenants(database, clock=clock, random=os.urandom),
         operators=OperatorVerifier({issuer.kid: issuer.public}),
-        profiles=Profiles(database, clock=now, random=os.urandom),
+        profiles=Profiles(database, clock=clock, random=os.urandom),
         devices=Devices(database, teardown=teardown, **shared),
         credentials=credentials,
         templates=Templates(
-            database, teardown=teardown, patterns=patterns, key_ring=ring, clock=now, random=os.urandom, feed=feed
+            database, teardown=teardown, patterns=patterns, key_ring=ring, clock=clock, random=os.urandom, feed=feed
         ),
         key_claim=KeyClaim(database, refusals=refusals, patterns=patterns, **shared),
         registration_tokens=RegistrationTokens(
-            database, certificates, clock=now, random=os.urandom, feed=feed, refusals=refusals
+            database, certificates, clock=clock, random=os.urandom, feed=feed, refusals=refusals
         ),
         certificates=certificates,
         foreign_certificates=ForeignCertificates(credentials, trust.live),
-        enrolment=Enrolment(database, certificates, clock=now, feed=feed, refusals=refusals, teardown=teardown),
-        revocation_lists=RevocationLists(database, trust.live, clock=now),
+        enrolment=Enrolment(database, certificates, clock=clock, feed=feed, refusals=refusals, teardown=teardown),
+        revocation_lists=RevocationLists(database, trust.live, clock=clock),
         resolver=resolver,
         sessions=sessions,
         uplinks=Uplinks(database),
         event_log=EventLog(database, feed, refusals),
-        kick=Kick(database, sessions, teardown, clock=now),
+        kick=Kick(database, sessions, teardown, clock=clock),
         node=node,
         feed=feed,
         refusals=refusals,
-        clock=now,
+        clock=clock,
     )
     seen = Seen()
     http = create_app(registry, settings or HttpApiSettings(), seen)

@@ -41,6 +41,7 @@ class Metrics:
     def __init__(self, *, version: str = "") -> None:
         self._registry = registry = CollectorRegistry()
         self._routes: set[str] = set()
+        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=registry)
         Gauge("gatehouse_build_info", "1, for the version that runs", ["version"], registry=registry).labels(
             version
@@ -122,10 +123,21 @@ class Metrics:
 
     def http_answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one HTTP answer. `route` is the template (`/api/v1/devices/{device_id}`), never the path; or empty."""
+        series = self._answered.get((route, method, status))
+        if series is None:
+            series = self._answered_series(route, method, status)
+        requests, request_seconds = series
+        requests.inc()
+        request_seconds.observe(seconds)
+
+    def _answered_series(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
         known = self._route(route)
         verb = method if method in METHODS else "other"
-        self._requests.labels(known, verb, str(status) if 100 <= status <= 599 else "other").inc()
-        self._request_seconds.labels(known, verb).observe(seconds)
+        label = str(status) if 100 <= status <= 599 else "other"
+        series = self._requests.labels(known, verb, label), self._request_seconds.labels(known, verb)
+        if (known, verb, label) == (route, method, str(status)):  # nobody's own words: as few as the labels
+            self._answered[route, method, status] = series
+        return series
 
     def limit_hit(self, limit: Limit) -> None:
         """Count somebody running into a limit."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 
 import msgspec
@@ -42,16 +41,14 @@ _MESSAGE_ID = re.compile(r"[!-~]{1,128}")
 """Printable ASCII without spaces, as hardware_ids: it must survive logs, topics and an operator's copying."""
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(msgspec.Struct, frozen=True):
     """A payload that keeps the promises above: its JSON text, and what it decodes to."""
 
     text: str
     value: Json
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """Whose uplink it is and how it came. The caller has checked that `via` may speak for the device."""
 
     tenant_id: TenantId
@@ -66,8 +63,7 @@ class Source:
         return cls(identity.tenant_id, identity.device_id, transport)
 
 
-@dataclass(frozen=True, slots=True)
-class NewUplink:
+class NewUplink(msgspec.Struct, frozen=True):
     """An uplink to be stored. Made by `uplink_from` or `telemetry_from`, which check it."""
 
     tenant_id: TenantId

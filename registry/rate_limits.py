@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 DEFAULT_MAX_KEYS: Final = 65_536
 """Buckets kept; some 250 bytes each, so about 16 MiB when full."""
@@ -35,6 +35,10 @@ DEFAULT_MAX_KEYS: Final = 65_536
 _SLACK: Final = 1e-3
 """Tokens by which a bucket may be overdrawn, so that float rounding cannot refuse the retry that we asked for.
 It does not add up: the overdraft stays in the debt."""
+
+
+_Debt: TypeAlias = "tuple[float, float]"
+"""Tokens missing from a full bucket, and when that was so (monotonic seconds). A plain tuple: two for each request."""
 
 
 class RateLimiter:
@@ -54,7 +58,7 @@ class RateLimiter:
         self._burst = burst
         self._max_keys = max_keys
         self._buckets: OrderedDict[Hashable, _Debt] = OrderedDict()
-        self._floor = _Debt(0.0, float("-inf"))
+        self._floor: _Debt = 0.0, float("-inf")
         self._now = float("-inf")
 
     def take(self, key: Hashable, now: float, cost: float = 1.0) -> float | None:
@@ -65,15 +69,19 @@ class RateLimiter:
         """
         if not 0 < cost <= self._burst:
             raise ValueError(f"cost is {cost}, must be more than 0 and at most the burst of {self._burst}")
-        now = self._now = max(self._now, now)
+        if now < self._now:
+            now = self._now
+        self._now = now
         known = self._buckets.get(key)
-        debt = self._remaining(self._floor if known is None else known, now)
-        if known is not None:
+        if known is None:
+            debt = self._remaining(self._floor, now)
+        else:
+            debt = self._remaining(known, now)
             self._buckets.move_to_end(key)
         excess = debt + cost - self._burst
         if excess > _SLACK:
             return excess / self._rate
-        self._buckets[key] = _Debt(debt + cost, now)
+        self._buckets[key] = debt + cost, now
         if len(self._buckets) > self._max_keys:
             self._forget_oldest(now)
         return None
@@ -83,18 +91,11 @@ class RateLimiter:
         return len(self._buckets)
 
     def _remaining(self, debt: _Debt, now: float) -> float:
-        if debt.tokens == 0:
-            return 0.0
-        return max(0.0, debt.tokens - (now - debt.at) * self._rate)
+        tokens, at = debt
+        left = tokens - (now - at) * self._rate if tokens else 0.0  # at may be minus infinity then
+        return left if left > 0.0 else 0.0
 
     def _forget_oldest(self, now: float) -> None:
         _, forgotten = self._buckets.popitem(last=False)
         owed = max(self._remaining(forgotten, now), self._remaining(self._floor, now))
-        self._floor = _Debt(owed, now)
-
-
-class _Debt(NamedTuple):
-    """`tokens` missing from a full bucket at the time `at` (monotonic seconds)."""
-
-    tokens: float
-    at: float
+        self._floor = owed, now

@@ -26,7 +26,6 @@ Decisions, where the contract is silent:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, TypeAlias
 
@@ -55,8 +54,7 @@ _SHOWN = 64
 _AwareDatetime = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """One value of one sensor. `observed_at` is None where the payload does not say when."""
 
     component: str

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+import msgspec
 from asyncpg import Record
 
 from registry.batching import Batcher
@@ -67,8 +68,7 @@ class UplinkLimits:
     id that another node is storing, or to try again."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredUplink:
+class StoredUplink(msgspec.Struct, frozen=True):
     """The answer to an uplink: it is committed. `duplicate`: it was already there, under this id."""
 
     uplink_id: UplinkId

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import formatdate
 from enum import Enum
 from http import HTTPStatus
 from typing import Final
+
+import msgspec
 
 HeaderList = tuple[tuple[bytes, bytes], ...]
 
@@ -42,8 +44,7 @@ class Code(Enum):
     INTERNAL = "INTERNAL"
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """A complete response. `body` is JSON unless `headers` names another content-type.
 
     `headers` must be lower case and without framing (content-length, connection, transfer-encoding, date).
@@ -51,7 +52,7 @@ class Answer:
 
     status: int
     body: bytes = b""
-    headers: HeaderList = field(default=())
+    headers: HeaderList = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
@@ -205,7 +204,7 @@ def _hostile() -> dict[str, str]:
         "empty block": pem(b""),
         "not base64": "-----BEGIN CERTIFICATE REQUEST-----\n????\n-----END CERTIFICATE REQUEST-----\n",
         "text": "hello",
-        "huge": plain + "x" * 16_000,
+        "huge": plain + "x" * 16_384,
     }
 
 

@@ -1,4 +1,4 @@
-"""What Schemathesis has to be taught (SCHEMATHESIS_HOOKS): to write the CBOR that devices may send."""
+"""What Schemathesis has to be taught (SCHEMATHESIS_HOOKS): to write the CBOR and the files that may be sent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from typing import Any
 
 import cbor2
 import schemathesis
+
+
+@schemathesis.serializer("application/pkcs10", "application/x-pem-file")
+def text(context: schemathesis.SerializationContext, value: Any) -> bytes:
+    del context
+    return str(value).encode(errors="surrogatepass")
 
 
 @schemathesis.serializer("application/cbor")

@@ -18,7 +18,7 @@ import pytest
 from adapters.http.access import ACCESS, Public
 from adapters.http.app import HttpApiSettings
 from tests.http_api import BASE, Https, running_api, serving
-from tests.tls_peers import eventually
+from tests.tls_peers import eventually, make_certificate
 
 EXAMPLES = os.environ.get("SCHEMATHESIS_EXAMPLES", "20")
 SECONDS = 60 if EXAMPLES == "20" else 1200
@@ -36,6 +36,16 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"COLUMNS": "160", "SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
 DEVICES_OWN = sorted(each for each, access in ACCESS.items() if access is Public.DEVICE)
 ENDLESS = ["StreamEvents"]
+ENDING = (
+    "DeleteDevice",
+    "RevokeCredential",
+    "DeleteProfile",
+    "DeleteTemplate",
+    "RotateCredential",
+    "RevokeRegistrationToken",
+    "RevokeDeviceCert",
+)
+"""Operations that end the object that they are given."""
 
 
 @pytest.fixture
@@ -70,18 +80,25 @@ async def objects(https: Https) -> dict[str, str]:
     async with https.operator() as admin:
         profile = (await admin.post(f"{BASE}/profiles", json={"name": "P"})).json()
         template = (await admin.post(f"{BASE}/provisioning/templates", json={"name": "T"})).json()
+        token = (await admin.post(f"{BASE}/devices/registration/tokens", json={"name": "R"})).json()
+        holder = await https.api.registered(f"HW-{uuid4().hex}", credential_type="x509")
+        pem = make_certificate(uuid4().hex).pem.decode()
+        path = f"{BASE}/devices/{holder['device_id']}/certs"
+        certificate = (await admin.post(path, json={"certificate": pem})).json()
     return {
         "device_id": device["device_id"],
         "credential_id": device["credential_id"],
         "profile_id": profile["profile_id"],
         "template_id": template["template_id"],
+        "token_id": token["token_id"],
+        "fingerprint": certificate["fingerprint"],
     }
 
 
 async def configured(https: Https, folder: Path) -> Path:
     """A configuration that names objects that exist, and others for the operations that end them."""
     text = CONFIGURATION.format(parameters=as_toml(await objects(https)))
-    for operation_id in ("DeleteDevice", "RevokeCredential", "DeleteProfile", "DeleteTemplate", "RotateCredential"):
+    for operation_id in ENDING:
         text += ONCE.format(operation_id=operation_id, parameters=as_toml(await objects(https)))
     path = folder / "schemathesis.toml"
     path.write_text(text)

@@ -1,1 +1,1 @@
-"""One folder per protocol, and the TLS stream shell they stand on. Adapters make evidence of bytes; they never decide."""
+"""One folder per protocol, and the TLS shell they stand on. Adapters make evidence of bytes; they never decide."""

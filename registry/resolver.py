@@ -48,6 +48,7 @@ from registry.model import (
     Identity,
     PskIdentity,
     RenewalRight,
+    Transport,
 )
 from registry.observation import NOBODY, AuthOutcome, Observer
 from registry.ports import RefusalLog
@@ -189,7 +190,7 @@ class Resolver:
         if state is None or state.device_id != identity.device_id:
             raise self._refuse(None, "credential deleted", contact, identity)
         confirmed = self._identity(state, contact)
-        if state.first_used_at is None or state.device_status in _NOT_SEEN:
+        if state.first_used_at is None or _is_news(state, contact):
             await self._record_first_use(state, contact)
         self.counters.admitted += 1
         return confirmed
@@ -287,7 +288,16 @@ class Resolver:
         )
 
 
-_NOT_SEEN = frozenset({DeviceStatus.PENDING, DeviceStatus.REGISTERED, DeviceStatus.OFFLINE})
+_NOT_SEEN = frozenset({DeviceStatus.PENDING, DeviceStatus.REGISTERED})
+_TELL_PRESENCE = frozenset({Transport.MQTT})
+"""Transports whose sessions presence.py hears of: it makes their offline devices active again, many at a time."""
+
+
+def _is_news(state: CredentialState, contact: Contact) -> bool:
+    """Whether being here now changes the device's status at once."""
+    if state.device_status is DeviceStatus.OFFLINE:
+        return contact.transport not in _TELL_PRESENCE
+    return state.device_status in _NOT_SEEN
 
 
 def lookup_of(evidence: Evidence) -> Lookup:

@@ -134,7 +134,7 @@ def build(
     feed.add_follower(trust.live)
     node = Node(database, sessions, teardown, clock=clock, sweep_seconds=config.security.session_sweep_seconds)
     patterns = PatternCache()
-    certificates = Certificates(database, trust.live, clock=clock, random=random, profile=_device_profile(config))
+    certificates = Certificates(database, trust.live, clock=clock, random=random, profile=device_profile(config))
     credentials = Credentials(
         database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, issuer=certificates
     )
@@ -232,7 +232,8 @@ async def _dsn(config: Config, environ: Mapping[str, str]) -> AsyncIterator[str]
         yield handle.dsn
 
 
-def _device_profile(config: Config) -> DeviceProfile:
+def device_profile(config: Config) -> DeviceProfile:
+    """How devices' certificates are made. Without a name or a fixed port they name no revocation list."""
     crl_url = config.security.crl_url
     if crl_url is None and config.https.names and config.https.port:
         host = public_host(config, config.https.host)

@@ -290,6 +290,15 @@ class Limits(Section, frozen=True, kw_only=True):
             description="Body of one HTTP request. A telemetry array of a day in one-minute steps fits.",
         ),
     ] = 1 << 20
+    open_body_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 30,
+            description="The same where the body is read before anybody is recognised: claims, tokens, enrolment. A "
+            "request for a certificate takes 3 KB.",
+        ),
+    ] = 32 << 10
     import_body_bytes: Annotated[
         int, Meta(ge=1024, le=1 << 30, description="Body of a bulk import. 100,000 rows of about 300 bytes fit.")
     ] = 32 << 20
@@ -297,6 +306,21 @@ class Limits(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="From the first byte of a request to the end of its headers. 16 KiB over 2G takes 10 s."),
     ] = 10.0
+    unauthenticated_body_seconds: Annotated[
+        Seconds,
+        Meta(
+            description="The whole body of a request on a connection on which nobody has been recognised yet. Who is "
+            "recognised only has to keep up the rate."
+        ),
+    ] = 30.0
+    unauthenticated_bodies_per_address: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Unfinished bodies on such connections from one IPv4 address or IPv6 /64, up to 64 KiB each.",
+        ),
+    ] = 256
     min_body_rate_bytes: Annotated[
         int,
         Meta(
@@ -309,6 +333,29 @@ class Limits(Section, frozen=True, kw_only=True):
         Seconds,
         Meta(description="An idle HTTP connection is closed after this. Longer than the 60 s of most proxies' pools."),
     ] = 75.0
+    unauthenticated_keep_alive_seconds: Annotated[
+        Seconds,
+        Meta(
+            description="The same where nobody has been recognised. Long enough to repeat a refused request or to use "
+            "a claimed key; nobody else has a reason to keep such a connection."
+        ),
+    ] = 10.0
+    send_timeout_seconds: Annotated[
+        Seconds,
+        Meta(
+            description="A peer that takes nothing of its answer for so long is cut; a quarter of it where nobody has "
+            "been recognised. A device that loses its radio in the middle comes back by itself."
+        ),
+    ] = 60.0
+    requests: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Complete HTTP requests being answered at once, event streams included; beyond it 503. What "
+            "the database does not get done in a few seconds only makes everybody wait longer.",
+        ),
+    ] = 4096
     tls_handshake_seconds: Annotated[
         Seconds,
         Meta(description="A TLS handshake must be over by then. A slow radio needs four round trips of about 1 s."),
@@ -422,6 +469,30 @@ class Limits(Section, frozen=True, kw_only=True):
         int,
         Meta(ge=1, le=10_000_000, description="The same at once after a pause: a rack of devices that boots together."),
     ] = 1_000
+    open_requests_per_second: Annotated[
+        Annotated[float, Meta(ge=0.1, le=1_000_000)],
+        Meta(
+            description="Requests that need no credential, from one address: the API's description, its page, and the "
+            "CA's chain and list. Devices fetch the chain once."
+        ),
+    ] = 100.0
+    open_requests_burst: Annotated[
+        int,
+        Meta(ge=1, le=10_000_000, description="The same at once after a pause: a site that boots together."),
+    ] = 2_000
+    failed_authentications_per_second: Annotated[
+        Annotated[float, Meta(ge=0.1, le=1_000_000)],
+        Meta(description="Requests with a credential that is not accepted, from one address; beyond it 429 for 401."),
+    ] = 10.0
+    failed_authentications_burst: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000_000,
+            description="The same at once after a pause. A site whose keys have just been revoked comes back at once, "
+            "and is told the truth.",
+        ),
+    ] = 500
     sse_streams: Annotated[
         int,
         Meta(ge=1, le=1_000_000, description="Open event streams. Each is a console or an integration, not a device."),

@@ -419,10 +419,15 @@ def _api_settings(config: Config) -> HttpApiSettings:
         key_requests_burst=limits.key_requests_burst,
         provisioning_attempts_per_second=limits.provisioning_attempts_per_second,
         provisioning_attempts_burst=limits.provisioning_attempts_burst,
+        open_requests_per_second=limits.open_requests_per_second,
+        open_requests_burst=limits.open_requests_burst,
+        failed_authentications_per_second=limits.failed_authentications_per_second,
+        failed_authentications_burst=limits.failed_authentications_burst,
         sse_streams=limits.sse_streams,
         sse_streams_per_tenant=limits.sse_streams_per_tenant,
         rotation_overlap_seconds=config.security.rotation_overlap_seconds,
         max_body_bytes=limits.body_bytes,
+        open_body_bytes=limits.open_body_bytes,
         uplink_payload_bytes=limits.uplink_payload_bytes,
         mqtt=Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
         coap=Endpoint(public_host(config, config.coap.host), config.coap.port),
@@ -433,7 +438,8 @@ def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
     http, tls, allowances = server.counters, server.tls_counters, service.allowances.counters
     return {
         Limit.HEADER: http.refused_headers_too_large + http.refused_target_too_long,
-        Limit.BODY: http.refused_body_too_large,
+        Limit.BODY: http.refused_body_too_large + allowances.body,
+        Limit.REQUESTS: http.refused_overload,
         Limit.SLOW_SENDER: http.refused_slow + http.stalled,
         Limit.HANDSHAKES: tls.dropped_handshake_limit + tls.dropped_address_limit + tls.dropped_handshake_timeout,
         Limit.CONNECTIONS: tls.dropped_connection_limit + tls.dropped_address_connections,
@@ -454,9 +460,15 @@ def _http_limits(config: Config) -> HttpLimits:
         max_header_count=limits.header_count,
         max_body_bytes=limits.body_bytes,
         body_overrides={"/api/v1/devices/import": limits.import_body_bytes},
+        max_in_flight=limits.requests,
+        bodies_per_address=limits.unauthenticated_bodies_per_address,
         header_timeout=limits.header_timeout_seconds,
+        anonymous_body_timeout=limits.unauthenticated_body_seconds,
         min_body_rate=limits.min_body_rate_bytes,
         keep_alive_timeout=limits.keep_alive_seconds,
+        anonymous_keep_alive=limits.unauthenticated_keep_alive_seconds,
+        send_timeout=limits.send_timeout_seconds,
+        anonymous_send_timeout=limits.send_timeout_seconds / 4,
     )
 
 

@@ -69,6 +69,7 @@ class Limit(Enum):
     OPEN_REQUESTS = "open_requests"
     PROVISIONING_ATTEMPTS = "provisioning_attempts"
     FAILED_AUTHENTICATIONS = "failed_authentications"
+    REQUESTS = "requests"
     SSE_STREAMS = "sse_streams"
     COMMANDS = "commands"
     COMMAND_WAITS = "command_waits"

@@ -28,6 +28,8 @@ class AllowanceCounters:
     address: int = 0
     provisioning: int = 0
     failures: int = 0
+    body: int = 0
+    """Bodies that were larger than their operation takes."""
 
 
 class Allowances:

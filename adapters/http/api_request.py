@@ -44,6 +44,7 @@ ENROLMENT: Final = "gatehouse.enrolment"
 RIGHT: Final = "gatehouse.renewal_right"
 CLEANUP: Final = "gatehouse.cleanup"
 HEAD: Final = "gatehouse.head"
+MAX_BODY: Final = "gatehouse.max_body"
 
 Cleanup = Callable[[], Awaitable[None]]
 
@@ -128,7 +129,10 @@ class ApiRequest(LitestarRequest[Any, Any, Any]):
     async def body(self) -> bytes:
         """The whole body. Raises BodyTooLarge, and InvalidArgument where the peer left before its end."""
         parts: list[bytes] = []
-        size, most = 0, self.service.settings.max_body_bytes
+        size, most = 0, cast(Any, self.scope).get(MAX_BODY, self.service.settings.max_body_bytes)
+        announced = next((value for name, value in self.scope["headers"] if name == b"content-length"), b"0")
+        if announced.isdigit() and int(announced) > most:
+            raise self._too_large(most)
         while True:
             message = await self.receive()
             if message["type"] != "http.request":
@@ -136,9 +140,13 @@ class ApiRequest(LitestarRequest[Any, Any, Any]):
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > most:
-                raise BodyTooLarge(f"the body is larger than the {most} bytes that are allowed")
+                raise self._too_large(most)
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+    def _too_large(self, most: int) -> BodyTooLarge:
+        self.service.allowances.counters.body += 1
+        return BodyTooLarge(f"the body is larger than the {most} bytes that are allowed")
 
     @property
     def is_head(self) -> bool:
@@ -170,6 +178,9 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
         return  # tells the methods of a path, which the document tells everybody
     operation_id = getattr(handler, "operation_id", None)
     access = ACCESS.get(operation_id) if isinstance(operation_id, str) else None
+    if isinstance(access, Public) and access is not Public.DEVICE:
+        # Nobody has been recognised before such a body is read, so it costs its sender nothing to begin many.
+        cast(Any, request.scope)[MAX_BODY] = request.service.settings.open_body_bytes
     match access:
         case None:
             raise PermissionDenied("no rule allows this operation")
@@ -220,6 +231,8 @@ async def _authenticate(request: ApiRequest, access: Public | Permission) -> Non
         service.authentication.refuse(refused.reason, contact)
     if isinstance(access, Permission):
         operator = await service.authentication.operator(credential, access, contact)
+        if request.connection is not None:
+            request.connection.recognised = True
         cast(Any, request.scope)[OPERATOR] = operator
         return
     evidence = await service.authentication.device_evidence(credential, contact)

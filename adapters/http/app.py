@@ -93,6 +93,8 @@ class HttpApiSettings:
     sse_streams_per_tenant: int = 100
     rotation_overlap_seconds: int = 86_400
     max_body_bytes: int = 1_048_576
+    open_body_bytes: int = 32_768
+    """Of operations that need no credential before their body: claims, tokens, enrolment."""
     uplink_payload_bytes: int = MAX_PAYLOAD_BYTES
     mqtt: Endpoint = _MQTT
     coap: Endpoint = _COAP

@@ -23,6 +23,10 @@ its chunks arrive; what is buffered for a slow application, or behind the curren
 socket, so a connection holds no more than one read beyond its limits. One lazy timer per connection watches all times:
 deadlines are plain numbers, the timer looks at them when it fires and arms itself for the next.
 
+A connection is anonymous until the application sets `recognised`. Until then its peer has shown nothing that could be
+taken away from it, so its times are shorter, and the bodies that it has not finished are counted by its address. A
+request counts as in flight from its complete body on: who sends slowly holds a place of its own connection only.
+
 What can race: the application may answer before the body has arrived; the peer may vanish at any point; the registry
 may close the connection at any point. All of these `detach` the current exchange, once. What can be lost: responses
 of requests behind a refusal, a close or a drain; clients may repeat requests that got no answer.
@@ -105,7 +109,9 @@ class HttpConnection(asyncio.Protocol):
     __slots__ = (
         "__weakref__",
         "_body_bytes",
+        "_body_ends_by",
         "_body_framing",
+        "_body_held",
         "_body_limit",
         "_body_mark",
         "_body_parts",
@@ -139,6 +145,7 @@ class HttpConnection(asyncio.Protocol):
         "closed",
         "id",
         "peer",
+        "recognised",
         "session",
     )
 
@@ -169,6 +176,7 @@ class HttpConnection(asyncio.Protocol):
         self._body_framing = 0
         self._body_limit = 0
         self._body_mark = 0
+        self._body_held = False  # counted by address
         # Answering
         self._current: Exchange | HotRequest | Refusal | None = None
         self._waiting: deque[Exchange | HotRequest | Refusal] = deque()
@@ -177,11 +185,14 @@ class HttpConnection(asyncio.Protocol):
         self._check_at = _NEVER
         self._idle_at = _NEVER
         self._stall_at = _NEVER
+        self._body_ends_by = _NEVER
         # For the application
         self.id = uuid4().hex
         self.peer = ""
         self.closed = False
         self.close_reason: str | None = None
+        self.recognised = False
+        """For the application to set: a device or an operator has proved on this connection who it is."""
         self.session: object | None = None
         """Free for the application: the session that it opened for this connection."""
 
@@ -230,6 +241,9 @@ class HttpConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self.peer = stream.peer_address
         self._server.connections.add(self)
+        if _LOG.isEnabledFor(logging.DEBUG):
+            fields = {"connection": self.id, "peer": self.peer, "tls": self.tls_version}
+            _LOG.debug("http.opened", extra={"fields": fields})
         # Until the first request the head's time counts, not the keep-alive time: nobody has shown any manners yet.
         self._idle_at = self._loop.time() + self._server.limits.header_timeout
         self._arm()
@@ -279,7 +293,9 @@ class HttpConnection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        self._stall_at = self._loop.time() + self._server.limits.send_timeout
+        limits = self._server.limits
+        allowed = limits.send_timeout if self.recognised else min(limits.send_timeout, limits.anonymous_send_timeout)
+        self._stall_at = self._loop.time() + allowed
         if self._writable is None:
             self._writable = asyncio.Event()
         self._writable.clear()
@@ -294,6 +310,10 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self._server.connections.discard(self)
+        self._let_go_of_body()
+        if _LOG.isEnabledFor(logging.DEBUG):
+            fields = {"connection": self.id, "peer": self.peer, "reason": self.close_reason}
+            _LOG.debug("http.closed", extra={"fields": fields})
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -364,10 +384,8 @@ class HttpConnection(asyncio.Protocol):
         self._body_limit = limits.body_overrides.get(head.path, limits.max_body_bytes)
         if length is not None and length > self._body_limit:
             self._refuse_here(_too_large_body(self._body_limit))
-        if server.in_flight >= limits.max_in_flight:
-            self._refuse_here(
-                Refusal(503, Code.UNAVAILABLE, "the server is answering as many requests as it can", retry_after=1)
-            )
+        if self._overloaded():
+            self._refuse_here(_OVERLOADED)
         self._phase = _Phase.BODY
         self._check_at = _NEVER
         self._head = head
@@ -387,6 +405,9 @@ class HttpConnection(asyncio.Protocol):
         if length == 0:
             exchange.body_complete = True
         self._enqueue(exchange)
+
+    def _overloaded(self) -> bool:
+        return self._server.in_flight >= self._server.limits.max_in_flight
 
     def _check_head_size(self) -> None:
         limits = self._server.limits
@@ -408,8 +429,12 @@ class HttpConnection(asyncio.Protocol):
             self._receiving.feed(part)
 
     def on_message_complete(self) -> None:
+        late = self._receiving
+        if late is not None and late is self._current and not (late.counted or late.started) and self._overloaded():
+            self._refuse_here(_OVERLOADED)
         self._phase = _Phase.IDLE
         self._check_at = _NEVER
+        self._let_go_of_body()
         head, self._head = self._head, None
         assert head is not None
         self._last_seen = not head.keep_alive
@@ -420,6 +445,8 @@ class HttpConnection(asyncio.Protocol):
             self._enqueue(HotRequest(head, parts[0] if len(parts) == 1 else b"".join(parts)))
         elif self._receiving is not None:
             exchange, self._receiving = self._receiving, None
+            if exchange is self._current and not exchange.complete:
+                self._count(exchange)
             exchange.end_body()
             if exchange.complete and self._current is None:
                 self._become_idle()
@@ -524,6 +551,19 @@ class HttpConnection(asyncio.Protocol):
         server = self._server
         task = self._loop.create_task(exchange.run(server.app, self._scope(exchange.head)))
         server.track(task)
+        task.add_done_callback(partial(self._answered, exchange))
+        if exchange.body_complete:
+            self._count(exchange)
+
+    def _count(self, exchange: Exchange) -> None:
+        if not exchange.counted:
+            exchange.counted = True
+            self._server.in_flight += 1
+
+    def _answered(self, exchange: Exchange, _task: asyncio.Task[None]) -> None:
+        if exchange.counted:
+            exchange.counted = False
+            self._server.in_flight -= 1
 
     def _answer_hot(self, request: HotRequest) -> None:
         head = request.head
@@ -565,7 +605,8 @@ class HttpConnection(asyncio.Protocol):
     def _hot_failed(self, request: HotRequest, error: BaseException) -> None:
         correlation_id = self.new_correlation_id()
         self.count_app_failure()
-        _LOG.error("http.hot_failed method=%s correlation_id=%s", request.head.method, correlation_id, exc_info=error)
+        fields = {"method": request.head.method, "correlation_id": correlation_id}
+        _LOG.error("http.hot_failed", extra={"fields": fields}, exc_info=error)
         self._send_answer(request, Refusal(500, Code.INTERNAL, "internal error").answer(correlation_id))
 
     def _send_answer(self, request: HotRequest, answer: Answer) -> None:
@@ -600,7 +641,9 @@ class HttpConnection(asyncio.Protocol):
         if self._server.draining:
             self._end("drain")
             return
-        self._idle_at = self._loop.time() + self._server.limits.keep_alive_timeout
+        limits = self._server.limits
+        allowed = limits.keep_alive_timeout
+        self._idle_at = self._loop.time() + (allowed if self.recognised else min(allowed, limits.anonymous_keep_alive))
         self._update_reading()
 
     def _update_reading(self) -> None:
@@ -655,6 +698,7 @@ class HttpConnection(asyncio.Protocol):
     def _refuse(self, refusal: Refusal) -> None:
         self._deaf = True
         self._check_at = _NEVER
+        self._let_go_of_body()
         self._body_parts = None
         exchange, self._receiving = self._receiving, None
         if exchange is None:
@@ -692,8 +736,12 @@ class HttpConnection(asyncio.Protocol):
                 self._refuse(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
             return
         if first_read:
+            now = self._loop.time()
             self._body_mark = self._body_bytes
-            self._check_at = self._loop.time() + limits.body_grace
+            self._body_ends_by = now + limits.anonymous_body_timeout
+            self._check_at = now + limits.body_grace
+            if not self.recognised:
+                self._hold_body()
         elif self._head is not None and self._head.length is None:
             self._body_framing += self._read_size
             if self._body_framing - self._body_bytes * 9 > limits.max_chunk_overhead:
@@ -702,6 +750,19 @@ class HttpConnection(asyncio.Protocol):
                 self._refuse(Refusal(400, Code.INVALID_ARGUMENT, message))
                 return
         self._update_reading()
+
+    def _hold_body(self) -> None:
+        """Count a body that did not come in one piece, on an anonymous connection."""
+        self._body_held = self._server.bodies.enter(self.peer)
+        if not self._body_held:
+            most = self._server.limits.bodies_per_address
+            message = f"this address has not finished the {most} requests that it may send at once"
+            self._refuse(Refusal(429, Code.RESOURCE_EXHAUSTED, message, retry_after=1))
+
+    def _let_go_of_body(self) -> None:
+        if self._body_held:
+            self._body_held = False
+            self._server.bodies.leave(self.peer)
 
     # Ending
 
@@ -761,6 +822,11 @@ class HttpConnection(asyncio.Protocol):
         receiving = self._receiving
         excused = self._transport is None or not self._transport.is_reading()
         excused = excused or (receiving is not None and receiving.expects_continue)
+        if not excused and not self.recognised and now >= self._body_ends_by:
+            allowed = self._server.limits.anonymous_body_timeout
+            message = f"the request's body was not complete within {allowed:g} seconds"
+            self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
+            return
         if not excused and self._body_bytes - self._body_mark < rate * window:
             message = f"the request's body came slower than {rate} bytes per second"
             self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
@@ -770,6 +836,7 @@ class HttpConnection(asyncio.Protocol):
 
 
 _NEVER: Final = float("inf")
+_OVERLOADED: Final = Refusal(503, Code.UNAVAILABLE, "the server is answering as many requests as it can", retry_after=1)
 
 
 def _result(done: asyncio.Future[Answer]) -> Answer:

@@ -42,6 +42,7 @@ class Connection(Protocol):
 
     peer: str
     closed: bool
+    recognised: bool
     session: object | None
 
     @property
@@ -144,10 +145,14 @@ class DeviceSessions:
                 self._registry.sessions.ended(session)
                 raise Unavailable("the connection was closed meanwhile")
             book.entries.append((evidence.digest, session))
+            connection.recognised = True
             return session
 
     async def for_request(self, evidence: DeviceEvidence, contact: Contact) -> Session:
-        """A session for one request; the caller ends it with `ended`. Raises as `on_connection`."""
+        """A session for one request; the caller ends it with `ended`. Raises as `on_connection`.
+
+        For an ASGI client without a connection, as the tests of single operations use (tests/http_api.py, `api`).
+        """
         identity = await self._registry.resolver.admit(evidence.evidence, contact)
         return await self._registry.sessions.open(identity, contact, _RequestOnly())
 

@@ -71,6 +71,7 @@ class Exchange:
         "body",
         "body_complete",
         "complete",
+        "counted",
         "expects_continue",
         "half_closed",
         "head",
@@ -87,6 +88,7 @@ class Exchange:
         self.expects_continue = head.expects_continue
         self.started = False
         self.complete = False
+        self.counted = False  # by the connection, as a request in flight
         self.half_closed = False
         self._delivered = False
         self._detached = False
@@ -130,7 +132,8 @@ class Exchange:
         except Exception:  # the end of this task
             correlation_id = self._owner.new_correlation_id()
             self._owner.count_app_failure()
-            _LOG.exception("http.app_failed method=%s correlation_id=%s", self.head.method, correlation_id)
+            fields = {"method": self.head.method, "correlation_id": correlation_id}
+            _LOG.exception("http.app_failed", extra={"fields": fields})
             self._settle(Refusal(500, Code.INTERNAL, "internal error"), correlation_id)
 
     async def receive(self) -> Message:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adapters.tls.admission import address_block
+
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Times in seconds, sizes in bytes, rates in bytes per second."""
+    """Times in seconds, sizes in bytes, rates in bytes per second.
+
+    A connection is anonymous until the application has recognised somebody on it. An anonymous one costs its peer
+    nothing, so it gets less: it is not kept idle, and has to finish what it sends and take what it asked for sooner.
+    """
 
     max_target_bytes: int = 8_192  # RFC 9112 §3 asks for at least 8000
     max_header_bytes: int = 16_384  # request line and header section; a bearer token is under 1 KB
@@ -19,13 +25,45 @@ class HttpLimits:
     max_buffered_body: int = 65_536  # an application that does not read makes the peer wait from here on
     max_chunk_overhead: int = 16_384  # chunk sizes and extensions, beyond eight bytes per byte of content
     max_pipelined: int = 64  # what one read can bring in honest use
-    max_in_flight: int = 4_096  # requests being answered on all connections
+    max_in_flight: int = 4_096  # complete requests being answered on all connections
+    bodies_per_address: int = 256  # unfinished ones on anonymous connections; x max_buffered_body: 16 MiB
     header_timeout: float = 10.0  # from the first byte of a request, or from the handshake, to its empty line
     body_grace: float = 10.0  # the window over which the body's rate is judged
     min_body_rate: int = 64  # NB-IoT at its worst does a few hundred
+    anonymous_body_timeout: float = 30.0  # for all of a body, seen every body_grace; a claim with a CSR has 3 KB
     keep_alive_timeout: float = 75.0
+    anonymous_keep_alive: float = 10.0  # for the request that follows a claim or a refusal
     send_timeout: float = 60.0  # a peer that takes nothing of its answer for this long is cut
+    anonymous_send_timeout: float = 15.0
     half_close_grace: float = 5.0  # to finish the answer for a peer that has stopped sending
+
+
+class Bodies:
+    """How many unfinished bodies the anonymous connections of each address have: an IPv4 address or an IPv6 /64."""
+
+    __slots__ = ("_by_block", "_most")
+
+    def __init__(self, most: int) -> None:
+        self._by_block: dict[str, int] = {}
+        self._most = most
+
+    def enter(self, address: str) -> bool:
+        """Take a place, which `leave` gives back; False if the address has none left."""
+        block = address_block(address)
+        held = self._by_block.get(block, 0)
+        if held >= self._most:
+            return False
+        self._by_block[block] = held + 1
+        return True
+
+    def leave(self, address: str) -> None:
+        """Give a place back."""
+        block = address_block(address)
+        left = self._by_block[block] - 1
+        if left:
+            self._by_block[block] = left
+        else:
+            del self._by_block[block]
 
 
 class HttpCounters:

@@ -25,7 +25,7 @@ from uuid import uuid4
 from adapters.http.answer import Code, DateLine, Refusal, render
 from adapters.http.connection import HotHandler, HttpConnection
 from adapters.http.exchange import AsgiApp
-from adapters.http.limits import HttpCounters, HttpLimits
+from adapters.http.limits import Bodies, HttpCounters, HttpLimits
 from adapters.tls.admission import TlsCounters, TlsLimits
 from adapters.tls.context import TlsContext
 from adapters.tls.listener import TlsListener
@@ -52,13 +52,17 @@ class HttpsServer:
         self.counters = HttpCounters()
         self.connections: set[HttpConnection] = set()
         self.in_flight = 0
+        self.bodies = Bodies(self.limits.bodies_per_address)
         self.draining = False
         self.date_line = DateLine(wall_clock)
         self.shortest_timeout = min(
             self.limits.header_timeout,
             self.limits.body_grace,
+            self.limits.anonymous_body_timeout,
             self.limits.keep_alive_timeout,
+            self.limits.anonymous_keep_alive,
             self.limits.send_timeout,
+            self.limits.anonymous_send_timeout,
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -98,14 +102,9 @@ class HttpsServer:
             await asyncio.wait(list(self._tasks), timeout=_LAST_WORDS)
 
     def track(self, task: asyncio.Task[None]) -> None:
-        """Hold a request's task until it is done, and count it as in flight."""
+        """Hold a request's task until it is done."""
         self._tasks.add(task)
-        self.in_flight += 1
-        task.add_done_callback(self._untrack)
-
-    def _untrack(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self.in_flight -= 1
+        task.add_done_callback(self._tasks.discard)
 
     def _new_connection(self) -> HttpConnection:
         assert self._loop is not None

@@ -46,6 +46,9 @@ class App:
                 await answer(send, 200, await body_of(receive))
             case "/unread":
                 await answer(send, 401, b"no")
+            case "/recognised":
+                scope["extensions"]["gatehouse.connection"].recognised = True
+                await answer(send, 200, await body_of(receive))
             case "/wait":
                 await self.gate.wait()
                 await answer(send, 200, b"waited")
@@ -344,7 +347,8 @@ async def test_failures_of_the_application_are_a_500_with_a_correlation_id(caplo
             document = response.json()
             assert document["code"] == "INTERNAL"
             assert "reason" not in response.body.decode()
-            assert any(document["correlation_id"] in record.getMessage() for record in caplog.records)
+            logged = [record.__dict__["fields"]["correlation_id"] for record in caplog.records]
+            assert logged[-1] == document["correlation_id"]
         assert site.server.counters.app_failures == 3
 
 
@@ -487,6 +491,27 @@ async def test_idle_connections_are_closed_in_their_time() -> None:
         assert await asked.ended() == b""
         assert await never_asked.ended() == b""
         assert site.server.counters.idle_closed == 2
+
+
+async def test_an_anonymous_connection_is_not_kept_idle() -> None:
+    async with serving(App(), limits=HttpLimits(anonymous_keep_alive=0.05)) as site:
+        known, unknown = await site.client(), await site.client()
+        known.send(post("/recognised", b"x"))
+        assert (await known.response()).status == 200
+        unknown.send(post("/echo", b"x"))
+        assert (await unknown.response()).status == 200
+        assert await unknown.ended() == b""
+        known.send(post("/echo", b"y"))
+        assert (await known.response()).body == b"y"
+
+
+async def test_debug_names_every_connection(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="gatehouse.http")
+    async with serving(App()) as site:
+        await site.ask(get("/echo"))
+    opened, closed = (record.__dict__["fields"] for record in caplog.records)
+    assert (opened["peer"], opened["tls"]) == ("127.0.0.1", "TLSv1.3")
+    assert closed["connection"] == opened["connection"]
 
 
 async def test_a_waiting_request_is_not_idle() -> None:

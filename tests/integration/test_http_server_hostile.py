@@ -261,6 +261,82 @@ async def test_a_slow_body_is_408(path: str) -> None:
         await assert_refused(client, 408, "INVALID_ARGUMENT")
 
 
+@pytest.mark.parametrize("path", ["/echo", "/hot"])
+async def test_an_anonymous_body_has_to_end_in_time_however_fast_it_comes(path: str) -> None:
+    limits = HttpLimits(body_grace=0.03, min_body_rate=1, anonymous_body_timeout=0.1)
+    async with serving(App(), hot=Hot(), limits=limits) as site, undisturbed(site) as client:
+        client.send(get(path, "Content-Length: 50000", method="POST"))
+        drip = asyncio.create_task(drip_body(client))
+        assert "0.1 seconds" in await assert_refused(client, 408, "INVALID_ARGUMENT")
+        drip.cancel()
+
+
+async def test_a_recognised_sender_may_take_its_time() -> None:
+    limits = HttpLimits(body_grace=0.02, min_body_rate=1, anonymous_body_timeout=0.05)
+    async with serving(App(), limits=limits) as site:
+        client = await site.client()
+        client.send(get("/recognised", "Content-Length: 20", method="POST"))
+        for _ in range(20):
+            client.send(b"x")
+            await asyncio.sleep(0.01)
+        assert (await client.response()).status == 200
+
+
+async def drip_body(client: Client) -> None:
+    while True:
+        client.send(b"x" * 20)
+        await asyncio.sleep(0.005)
+
+
+async def test_slow_senders_hold_no_place_in_flight() -> None:
+    limits = HttpLimits(max_in_flight=1)
+    async with serving(App(), limits=limits) as site, undisturbed(site) as client:
+        client.send(get("/echo", "Content-Length: 9", method="POST"), b"slow")
+        slow = await site.client()
+        slow.send(get("/echo", "Content-Length: 4", method="POST"), b"slo")
+        await eventually(lambda: len(site.server.bodies._by_block) == 1)
+        assert site.server.in_flight == 0
+        slow.send(b"w")
+        assert (await slow.response()).body == b"slow"
+
+
+async def test_a_body_that_ends_when_the_server_is_full_is_503() -> None:
+    app = App()
+    async with serving(app, limits=HttpLimits(max_in_flight=1)) as site:
+        slow, busy = await site.client(), await site.client()
+        slow.send(get("/echo", "Content-Length: 4", "Connection: close", method="POST"), b"slo")
+        await eventually(lambda: len(app.scopes) == 1)
+        busy.send(get("/wait"))
+        await eventually(lambda: len(app.scopes) == 2)
+        slow.send(b"w")
+        await assert_refused(slow, 503, "UNAVAILABLE")
+        app.gate.set()
+        assert (await busy.response()).body == b"waited"
+
+
+async def test_unfinished_bodies_of_one_address_are_counted() -> None:
+    async with serving(App(), hot=Hot(), limits=HttpLimits(bodies_per_address=2)) as site:
+        first, second, third = [await site.client() for _ in range(3)]
+        for client, path in ((first, "/echo"), (second, "/hot"), (third, "/echo")):
+            client.send(get(path, "Content-Length: 2", method="POST"))
+            if client is not third:
+                held = 1 if client is first else 2
+                await eventually(lambda held=held: sum(site.server.bodies._by_block.values()) == held)
+        await assert_refused(third, 429, "RESOURCE_EXHAUSTED")
+        for client in (first, second):
+            client.send(b"ok")
+            assert (await client.response()).status in (200, 202)
+        assert site.server.bodies._by_block == {}
+
+
+async def test_an_anonymous_reader_is_cut_sooner() -> None:
+    limits = HttpLimits(anonymous_send_timeout=0.2)
+    async with serving(App(), limits=limits) as site, undisturbed(site) as client:
+        client.send(get("/big"))
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await eventually(lambda: site.server.counters.stalled == 1)
+
+
 async def test_a_body_that_waits_for_us_is_not_slow() -> None:
     app = App()
     limits = HttpLimits(body_grace=0.05, min_body_rate=100_000, max_buffered_body=1_000)

@@ -42,9 +42,22 @@ class Answer:
 class ApiClient:
     """One keep-alive connection to `https://host:port/api/v1`. Not for several threads at once."""
 
-    def __init__(self, host: str, port: int, ca_chain: Path, *, timeout: float = TIMEOUT_SECONDS) -> None:
-        """`ca_chain` is a PEM file. Raises OSError if it cannot be read, ssl.SSLError if it holds no certificate."""
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        ca_chain: Path,
+        *,
+        certificate: Path | None = None,
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
+        """`ca_chain` is a PEM file; `certificate` one with our own certificate and its key, to be shown to the server.
+
+        Raises OSError if one cannot be read, ssl.SSLError if it does not hold what it should.
+        """
         context = ssl.create_default_context(cafile=str(ca_chain))
+        if certificate is not None:
+            context.load_cert_chain(certificate)
         self._connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
 
     def __enter__(self) -> Self:

@@ -6,11 +6,18 @@ A later step may use what an earlier one left in `story.devices`. New protocols 
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from edge.api_client import BASE, Answer, ApiClient
 
@@ -81,9 +88,9 @@ class Story:
                 self.narrator.step(number, step.title)
                 step.take(self)
 
-    def connect(self) -> ApiClient:
-        """A client with a connection of its own."""
-        return ApiClient(self.site.host, self.site.port, self.site.ca_chain)
+    def connect(self, certificate: Path | None = None) -> ApiClient:
+        """A client with a connection of its own; with a certificate and its key (PEM) if they are given."""
+        return ApiClient(self.site.host, self.site.port, self.site.ca_chain, certificate=certificate)
 
     def ask(self, method: str, path: str, body: object = None, *, expect: int) -> Any:
         """A request of the operator; the body of the answer."""
@@ -136,9 +143,9 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 def shown_path(path: str) -> str:
-    """A path with its long ids cut, to fit a line."""
+    """A path with its long ids and fingerprints cut, to fit a line."""
     parts = path.split("/")
-    return "/".join(f"{part[:8]}…" if len(part) == 36 and part.count("-") == 4 else part for part in parts)
+    return "/".join(f"{part[:8]}…" if len(part) == 64 or part.count("-") == 4 else part for part in parts)
 
 
 def shown_secret(secret: str) -> str:
@@ -302,6 +309,43 @@ def revoke(story: Story) -> None:
     _explain(story, sensor)
 
 
+def come_with_an_own_key(story: Story) -> None:
+    """Seed 004: a token, a key that never leaves the device, a certificate; and its end by fingerprint."""
+    token = story.ask(
+        "POST", "/devices/registration/tokens", {"name": "Pump 7", "hardware_id": f"PUMP-{story.run_id}"}, expect=201
+    )
+    require(token["status"] == "pending", f"the new device's status is {token['status']}, not pending")
+    story.note(f"device {token['device_id']} is pending; its one-time token: {shown_secret(token['token'])}")
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    request = {"token": token["token"], "csr": csr.public_bytes(Encoding.PEM).decode()}
+    with story.connect() as device:
+        given = story.exchange(device, "POST", "/devices/provision", request, expect=201).body
+        again = story.exchange(device, "POST", "/devices/provision", request, expect=200).body
+    require(given["certificate"] == again["certificate"], "the same token and key gave another certificate")
+    story.note(
+        f"a certificate until {given['not_after'][:10]}, SHA-256 {given['fingerprint'][:16]}…; asked again: the same"
+    )
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    with tempfile.TemporaryDirectory() as directory:
+        own = Path(directory) / "pump.pem"
+        with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(given["certificate"].encode() + private)
+        with story.connect(own) as device:
+            path = f"/devices/{token['device_id']}/uplink"
+            message = {"kind": "event", "payload": {"pressure": 2.4}}
+            story.exchange(device, "POST", path, message, expect=202)
+            story.note("over mutual TLS: no key in any header, the handshake has proved who it is")
+            receipt = story.ask("DELETE", f"/devices/certs/{given['fingerprint']}", expect=200)
+            require(len(receipt["sessions"]) == 1, f"the receipt names {len(receipt['sessions'])} sessions, not 1")
+            require(receipt["remaining"] == 0, f"{receipt['remaining']} sessions remain")
+            require(device.closed_by_server(CLOSE_SECONDS) is not None, "the open connection was not closed")
+            story.note(f"revoked by fingerprint: closed {receipt['sessions'][0]['closed_after_ms']:.1f} ms later")
+            refused = story.exchange(device, "POST", path, message, expect=401).body
+            require(refused["code"] == "UNAUTHENTICATED", f"the next request was refused as {refused['code']}")
+    _explain(story, Held(token["device_id"], f"PUMP-{story.run_id}", ""))
+
+
 def _explain(story: Story, device: Held) -> None:
     """The device learned nothing; the operator sees why."""
     events = story.ask("GET", f"/devices/{device.device_id}/timeline", expect=200)["events"]
@@ -325,5 +369,6 @@ STEPS: tuple[Step, ...] = (
     Step("The device reports; 202 means stored", report),
     Step("A key is rotated with an overlap", rotate),
     Step("A key is revoked while the device is connected", revoke),
+    Step("A device makes its own key and gets a certificate with a token", come_with_an_own_key),
 )
 """In the order of the telling."""

@@ -77,6 +77,8 @@ def test_the_story_holds_is_readable_when_piped_and_can_be_told_again(tmp_path: 
             "end of stream",
             "401 UNAUTHENTICATED",
             "timeline: auth.refused (",
+            "over mutual TLS",
+            "revoked by fingerprint: closed",
             f"All {len(demo.STEPS)} steps held.",
         ):
             assert word in told.stdout

@@ -438,7 +438,10 @@ class Limits(Section, frozen=True, kw_only=True):
     ] = 256 << 10
     tenant_requests_per_second: Annotated[
         Annotated[float, Meta(ge=0.1, le=1_000_000)],
-        Meta(description="Requests of one tenant on this node. More than one node serves; lower it to share a node."),
+        Meta(
+            description="Requests of one tenant's devices on this node, and as many of its operators: a flood of "
+            "devices keeps nobody from revoking them. More than one node serves; lower it to share a node."
+        ),
     ] = 10_000.0
     tenant_requests_burst: Annotated[
         int,
@@ -450,7 +453,10 @@ class Limits(Section, frozen=True, kw_only=True):
     ] = 20_000
     key_requests_per_second: Annotated[
         Annotated[float, Meta(ge=0.1, le=1_000_000)],
-        Meta(description="Requests with one credential. A gateway that sends for hundreds of children stays below it."),
+        Meta(
+            description="Requests with one credential, or of one operator. A gateway that sends for hundreds of "
+            "children stays below it."
+        ),
     ] = 2_000.0
     key_requests_burst: Annotated[
         int,
@@ -482,7 +488,10 @@ class Limits(Section, frozen=True, kw_only=True):
     ] = 2_000
     failed_authentications_per_second: Annotated[
         Annotated[float, Meta(ge=0.1, le=1_000_000)],
-        Meta(description="Requests with a credential that is not accepted, from one address; beyond it 429 for 401."),
+        Meta(
+            description="Requests with a credential that is not accepted, from one address. Beyond it 429 instead of "
+            "401, and credentials that this node does not remember are looked up at ten times this rate only."
+        ),
     ] = 10.0
     failed_authentications_burst: Annotated[
         int,

@@ -86,6 +86,19 @@ class RateLimiter:
             self._forget_oldest(now)
         return None
 
+    def wait(self, key: Hashable, now: float) -> float | None:
+        """What `take` would answer for one token; nothing is taken."""
+        known = self._buckets.get(key)
+        excess = self._remaining(self._floor if known is None else known, max(now, self._now)) + 1.0 - self._burst
+        return excess / self._rate if excess > _SLACK else None
+
+    def give_back(self, key: Hashable, cost: float = 1.0) -> None:
+        """Undo a `take` that was just admitted, because the act was refused for another reason."""
+        known = self._buckets.get(key)
+        if known is not None:
+            tokens, at = known
+            self._buckets[key] = max(0.0, tokens - cost), at
+
     def __len__(self) -> int:
         """How many keys have a bucket now."""
         return len(self._buckets)

@@ -148,6 +148,10 @@ class Resolver:
             raise self._refuse(state, reason, contact)
         return RenewalRight(state.tenant_id, state.device_id, state.credential_id, in_grace)
 
+    def remembers(self, evidence: ApiKey | ClientCertificate) -> bool:
+        """Whether `admit` needs no look-up for it now: it admitted on this node before."""
+        return self._feed_trusted() and self._cache.get(lookup_of(evidence)) is not None
+
     async def holder(self, evidence: ClientCertificate, contact: Contact) -> DeviceId | None:
         """Whose certificate that is, if it admits now; nothing is admitted, refused or noted. Raises Unavailable."""
         lookup = lookup_of(evidence)

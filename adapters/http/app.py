@@ -37,7 +37,7 @@ from adapters.http import (
     templates,
     uplinks,
 )
-from adapters.http.allowances import Allowances
+from adapters.http.allowances import LOOK_UPS_PER_FAILURE, Allowances
 from adapters.http.api_request import CLEANUP, HEAD, ApiRequest, Cleanup, Service, guard
 from adapters.http.authentication import Authentication
 from adapters.http.certificates import Endpoint
@@ -119,15 +119,19 @@ class _NobodyWatches:
 def create_app(registry: Registry, settings: HttpApiSettings, observer: Observer | None = None) -> HttpApi:
     """The application over a registry. Belongs to the event loop that it is used on."""
     observer = observer or _NobodyWatches()
+    look_ups = LOOK_UPS_PER_FAILURE * settings.failed_authentications_per_second
     allowances = Allowances(
         tenant=RateLimiter(settings.tenant_requests_per_second, settings.tenant_requests_burst),
         credential=RateLimiter(settings.key_requests_per_second, settings.key_requests_burst),
+        operator_tenant=RateLimiter(settings.tenant_requests_per_second, settings.tenant_requests_burst),
+        operator=RateLimiter(settings.key_requests_per_second, settings.key_requests_burst),
         provisioning=RateLimiter(settings.provisioning_attempts_per_second, settings.provisioning_attempts_burst),
         address=RateLimiter(settings.open_requests_per_second, settings.open_requests_burst),
         failures=RateLimiter(settings.failed_authentications_per_second, settings.failed_authentications_burst),
+        look_ups=RateLimiter(look_ups, max(1.0, look_ups)),
     )
     authentication = Authentication(registry, allowances)
-    device_sessions = DeviceSessions(registry)
+    device_sessions = DeviceSessions(registry, authentication)
     intake = Intake(
         registry,
         device_sessions,

@@ -120,7 +120,10 @@ class Authentication:
         if credential is None:
             self.refuse(_NO_CREDENTIAL, contact)
         if isinstance(credential, DeviceEvidence):
-            await self._registry.resolver.admit(credential.evidence, contact)
+            self.spend_look_up(credential.evidence, contact)
+            identity = await self._registry.resolver.admit(credential.evidence, contact)
+            now = asyncio.get_running_loop().time()
+            self._allowances.spend(identity.tenant_id, identity.credential_id, now)
             raise PermissionDenied("this is an operation for operators; the credential is a device's")
         return await self._operator(credential, needed, contact)
 
@@ -129,7 +132,8 @@ class Authentication:
         if credential is None:
             self.refuse(_NO_CREDENTIAL, contact)
         if isinstance(credential, OperatorToken):
-            await self._verify(credential, contact)
+            operator, _ = await self._verify(credential, contact)
+            self._spend(operator)
             raise PermissionDenied("this is an operation for devices; the credential is an operator's")
         return credential
 
@@ -137,7 +141,14 @@ class Authentication:
         """What the connection's certificate may ask for. Raises Unauthenticated, Unavailable."""
         if certificate_der is None:
             self.refuse(_NO_CREDENTIAL, contact)
-        return await self._registry.resolver.admit_for_renewal(ClientCertificate(certificate_der), contact)
+        evidence = ClientCertificate(certificate_der)
+        self.spend_look_up(evidence, contact)
+        return await self._registry.resolver.admit_for_renewal(evidence, contact)
+
+    def spend_look_up(self, evidence: ApiKey | ClientCertificate, contact: Contact) -> None:
+        """Before a credential is looked up. Raises ResourceExhausted if its address has failed too often."""
+        if not self._registry.resolver.remembers(evidence):
+            self._allowances.spend_look_up(contact.peer)
 
     def refuse(self, reason: str, contact: Contact) -> NoReturn:
         """Keep the reason for the operator and raise what everybody sees."""
@@ -148,10 +159,13 @@ class Authentication:
 
     async def _operator(self, token: OperatorToken, needed: Permission, contact: Contact) -> Operator:
         operator, caller = await self._verify(token, contact)
-        holder = (operator.tenant_id, operator.actor.name)
-        self._allowances.spend(operator.tenant_id, holder, asyncio.get_running_loop().time())
+        self._spend(operator)
         require(caller, needed)
         return operator
+
+    def _spend(self, operator: Operator) -> None:
+        now = asyncio.get_running_loop().time()
+        self._allowances.spend_operator(operator.tenant_id, operator.actor.name, now)
 
     async def _verify(self, token: OperatorToken, contact: Contact) -> tuple[Operator, OperatorPrincipal]:
         registry = self._registry

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from adapters.http.authentication import CREDENTIAL_HEADERS, DeviceEvidence
+from adapters.http.authentication import CREDENTIAL_HEADERS, Authentication, DeviceEvidence
 from registry import secrets
 from registry.core import Registry
 from registry.errors import ResourceExhausted, Unauthenticated, Unavailable
@@ -85,8 +85,9 @@ class _RequestOnly:
 class DeviceSessions:
     """Finds or opens the session that a request of a device belongs to."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, authentication: Authentication) -> None:
         self._registry = registry
+        self._authentication = authentication
 
     def repeated(self, connection: Connection, headers: HeaderLines) -> Session | None:
         """The open session of the last request, if this one shows the very same credential; cheapest. Marks it as
@@ -138,6 +139,7 @@ class DeviceSessions:
                 raise ResourceExhausted(
                     f"this connection carries {MAX_PER_CONNECTION} devices already; open another one", retry_after=1.0
                 )
+            self._authentication.spend_look_up(evidence.evidence, contact)
             identity = await self._registry.resolver.admit(evidence.evidence, contact)
             await self._agree(identity, connection, evidence, contact)
             session = await self._registry.sessions.open(identity, contact, connection)
@@ -153,6 +155,7 @@ class DeviceSessions:
 
         For an ASGI client without a connection, as the tests of single operations use (tests/http_api.py, `api`).
         """
+        self._authentication.spend_look_up(evidence.evidence, contact)
         identity = await self._registry.resolver.admit(evidence.evidence, contact)
         return await self._registry.sessions.open(identity, contact, _RequestOnly())
 

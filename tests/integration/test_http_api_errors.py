@@ -124,7 +124,6 @@ async def test_paths_that_name_nothing(api: Api) -> None:  # noqa: F811
             f"{BASE}/devices/{NOBODY}/uplinks",
             f"{BASE}/devices/{NOBODY}/readings",
             f"{BASE}/devices/{NOBODY}/credentials",
-            f"{BASE}/devices/certs/{'00' * 32}",
             "/",
             "/docs/../../etc/passwd",
             "/docs/swagger_bundle.js",

@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from adapters.http.server import HttpsServer
 from adapters.tls.admission import TlsLimits
 from adapters.tls.context import TlsContext
 from edge import logs
-from edge.config import Config
+from edge.config import Config, Https, Ops
 from edge.metrics import Metrics
 from edge.ops import CheckResult, OpsServer
 from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
@@ -110,7 +110,7 @@ class Server:
             if isinstance(error, _EXPECTED):
                 raise StartError(str(error)) from error
             if isinstance(error, OSError):
-                raise StartError(f"cannot listen: {error}") from error
+                raise StartError(_told(error)) from error
             raise
 
     async def stop(self) -> None:
@@ -235,19 +235,20 @@ class Server:
             hot=app.hot,
         )
         self._watch_https(core, app, server)
-        port = await server.start(self._config.https.host, self._config.https.port)
+        port = await _listening("https", self._config.https, server.start)
         self._supervisor.keep("certificate", lambda: _renew(certificate, context, self._config.data_dir / CHAIN_FILE))
         try:
             yield port
         finally:
             self._draining = True
             core.registry.sessions.drain()
+            app.service.streams.end()
             await self._drain(server)
 
     @asynccontextmanager
     async def _ops_listener(self) -> AsyncIterator[int]:
         ops = OpsServer(self._metrics, self._readiness)
-        port = await ops.start(self._config.ops.host, self._config.ops.port)
+        port = await _listening("ops", self._config.ops, ops.start)
         try:
             yield port
         finally:
@@ -359,6 +360,19 @@ _EXPECTED = (
     CertificateProblem,
 )
 """Failures that an operator can understand and mend; anything else is a bug and shows its traceback."""
+
+
+async def _listening(section: str, where: Https | Ops, start: Callable[[str, int], Awaitable[int]]) -> int:
+    try:
+        return await start(where.host, where.port)
+    except OSError as error:
+        place = f"{where.host} port {where.port} ({section}.host, {section}.port)"
+        raise StartError(f"cannot listen on {place}: {error.strerror or error}") from error
+
+
+def _told(error: OSError) -> str:
+    """What went wrong with a file, in one line."""
+    return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 async def _every_hour(retention: Retention, certificates: Certificates) -> None:

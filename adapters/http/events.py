@@ -80,12 +80,14 @@ class EventsBody(Answer, frozen=True, kw_only=True):
 
 
 class Streams:
-    """How many event streams are open, and how many may be."""
+    """How many event streams are open, and how many may be; and when all of them end."""
 
     def __init__(self, *, total: int, per_tenant: int) -> None:
         self._total = total
         self._per_tenant = per_tenant
         self._open: dict[TenantId, int] = {}
+        self.ended = asyncio.Event()
+        """Set when the node drains: a stream has no end of its own, and would hold the drain up to its deadline."""
         self.turned_away = 0
         """Streams for which there was no room, for the metrics."""
 
@@ -103,6 +105,10 @@ class Streams:
             self.turned_away += 1
             raise ResourceExhausted(f"this node has its {self._total} event streams", retry_after=5.0)
         self._open[tenant_id] = self._open.get(tenant_id, 0) + 1
+
+    def end(self) -> None:
+        """End every stream, and those that still come: the node is leaving."""
+        self.ended.set()
 
     def leave(self, tenant_id: TenantId) -> None:
         """Count one out."""
@@ -130,19 +136,30 @@ def event_body(event: Event) -> EventBody:
 
 
 async def stream_of(
-    log: EventLog, tenant_id: TenantId, position: str, lasts: timedelta, *, heartbeat_seconds: float = HEARTBEAT_SECONDS
+    log: EventLog,
+    tenant_id: TenantId,
+    position: str,
+    lasts: timedelta,
+    ended: asyncio.Event,
+    *,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> AsyncIterator[bytes]:
-    """The bytes of a stream that begins behind `position` and ends after `lasts`."""
+    """The bytes of a stream that begins behind `position` and ends after `lasts`, or soon after `ended` is set."""
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + lasts.total_seconds()
     source = log.stream(tenant_id, position)
     reading: asyncio.Task[Sequence[Event]] | None = None
+    leaving = loop.create_task(ended.wait(), name="event stream's end")
     try:
         yield f"retry: {RETRY_MILLISECONDS}\nid: {position}\n\n".encode()
         while (left := ends_at - loop.time()) > 0:
             if reading is None:
                 reading = loop.create_task(_next(source), name="event stream")
-            await asyncio.wait((reading,), timeout=min(heartbeat_seconds, left))
+            waiting = (reading, leaving)
+            await asyncio.wait(waiting, timeout=min(heartbeat_seconds, left), return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                yield b": this node is leaving; come back with Last-Event-ID\n\n"
+                return
             if not reading.done():
                 yield b": still here\n\n"
                 continue
@@ -155,6 +172,7 @@ async def stream_of(
             yield b"".join(_rendered(event) for event in events)
         yield b": the token has expired\n\n"
     finally:
+        leaving.cancel()
         if reading is not None:
             reading.cancel()
             await asyncio.wait((reading,))
@@ -215,7 +233,7 @@ async def stream_events(request: ApiRequest) -> Response[bytes] | Stream:
     if request.is_head:
         return Response(b"", status_code=200, media_type="text/event-stream")
     streams.enter(operator.tenant_id)
-    content = stream_of(registry.event_log, operator.tenant_id, position, lasts)
+    content = stream_of(registry.event_log, operator.tenant_id, position, lasts, streams.ended)
 
     async def leave() -> None:
         streams.leave(operator.tenant_id)

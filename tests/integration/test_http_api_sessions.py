@@ -260,10 +260,27 @@ async def test_the_stream_ends_with_its_token(one: Https) -> None:
     await eventually(lambda: one.api.http.service.streams.open == 0)
 
 
+async def test_the_stream_ends_cleanly_when_the_node_drains(one: Https) -> None:
+    async with one.operator() as admin, admin.stream("GET", f"{BASE}/events/stream") as response:
+        stream = Stream(response)
+        await stream.message()
+        one.api.http.service.streams.end()
+        async with asyncio.timeout(5):
+            await one.server.drain(60)
+            assert await stream.message() == {"": "this node is leaving; come back with Last-Event-ID"}
+            with pytest.raises(StopAsyncIteration):  # the last chunk came: this is an end, not a break
+                await stream.message()
+
+
 async def test_a_heartbeat_keeps_the_stream_alive(one: Https) -> None:
     registry = one.api.registry
     content = stream_of(
-        registry.event_log, one.api.tenant_id, str(registry.feed.cursor), timedelta(seconds=5), heartbeat_seconds=0.01
+        registry.event_log,
+        one.api.tenant_id,
+        str(registry.feed.cursor),
+        timedelta(seconds=5),
+        asyncio.Event(),
+        heartbeat_seconds=0.01,
     )
     parts: list[Any] = [await anext(content) for _ in range(3)]
     assert parts[1:] == [b": still here\n\n"] * 2

@@ -202,6 +202,8 @@ class Server:
         supervisor.keep("feed", registry.feed.run)
         supervisor.keep("node", registry.node.run)
         supervisor.keep("refusals", registry.refusals.run)
+        supervisor.keep("commands", registry.commands.run)
+        supervisor.keep("presence", registry.presence.run)
         supervisor.keep("retention", lambda: _every_hour(retention, registry.certificates))
         supervisor.keep("probe", lambda: self._probe(core.database))
         self._watch(core)
@@ -211,6 +213,7 @@ class Server:
             await registry.uplinks.stop()
             await core.teardown.stop()
             await supervisor.stop()
+            await core.stop_downlinks()
             await core.stop_certificates()
             await registry.resolver.stop()
             try:

@@ -23,8 +23,11 @@ from certs.issuing import DeviceProfile
 from edge.config import Config
 from edge.postgres import attach_or_start
 from registry.certificates import Certificates, ForeignCertificates
+from registry.children import Children
+from registry.commands import Commands
 from registry.core import Registry
 from registry.credentials import Credentials
+from registry.device_config import DeviceConfigs
 from registry.devices import Devices
 from registry.enrolment import Enrolment
 from registry.event_log import EventLog
@@ -36,6 +39,7 @@ from registry.model import NodeId
 from registry.node import Node
 from registry.observation import NOBODY, Observer
 from registry.operators import InvalidKeySet, JwksKey, OperatorVerifier, parse_jwks
+from registry.presence import Presence
 from registry.profiles import Profiles
 from registry.refusals import Refusals
 from registry.registration_tokens import RegistrationTokens
@@ -67,6 +71,12 @@ class Core:
     ring: KeyRing
     database: Database
     teardown: Teardown
+
+    async def stop_downlinks(self) -> None:
+        """Finish what is under way to devices, and write down that they are gone."""
+        await self.registry.commands.stop()
+        await self.registry.device_configs.stop()
+        await self.registry.presence.stop()
 
     async def stop_certificates(self) -> None:
         """Finish what is under way around certificates."""
@@ -138,6 +148,18 @@ def build(
     credentials = Credentials(
         database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, issuer=certificates
     )
+    commands = Commands(database, clock=clock, random=random, feed=feed, observer=observer)
+    device_configs = DeviceConfigs(database, clock=clock, feed=feed)
+    children = Children(
+        database,
+        clock=clock,
+        random=random,
+        feed=feed,
+        feed_trusted=lambda: feed.trusted,
+        observer=observer,
+    )
+    for follower in (commands, device_configs, children):
+        feed.add_follower(follower)
     registry = Registry(
         tenants=Tenants(database, clock=clock, random=random),
         operators=_operator_verifier(config, trust),
@@ -182,6 +204,10 @@ def build(
             limits=UplinkLimits(queue=config.limits.uplink_queue, queue_bytes=config.limits.uplink_queue_bytes),
             observe=observe_batch,
         ),
+        commands=commands,
+        device_configs=device_configs,
+        children=children,
+        presence=Presence(database, node_id, clock=clock, feed=feed),
         event_log=EventLog(database, feed, refusals),
         kick=Kick(database, sessions, teardown, clock=clock),
         node=node,
@@ -216,6 +242,7 @@ async def open_registry(config: Config, *, environ: Mapping[str, str]) -> AsyncI
             finally:
                 await core.teardown.stop()
                 await core.registry.uplinks.stop()
+                await core.stop_downlinks()
                 await core.stop_certificates()
                 await core.registry.resolver.stop()
                 await core.registry.feed.close()

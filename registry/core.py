@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from registry.certificates import Certificates, ForeignCertificates
+from registry.children import Children
+from registry.commands import Commands
 from registry.credentials import Credentials
+from registry.device_config import DeviceConfigs
 from registry.devices import Devices
 from registry.enrolment import Enrolment
 from registry.event_log import EventLog
@@ -16,6 +19,7 @@ from registry.key_claim import KeyClaim
 from registry.kick import Kick
 from registry.node import Node
 from registry.operators import OperatorVerifier
+from registry.presence import Presence
 from registry.profiles import Profiles
 from registry.refusals import Refusals
 from registry.registration_tokens import RegistrationTokens
@@ -46,6 +50,10 @@ class Registry:
     resolver: Resolver
     sessions: SessionTable
     uplinks: Uplinks
+    commands: Commands
+    device_configs: DeviceConfigs
+    children: Children
+    presence: Presence
     event_log: EventLog
     kick: Kick
     node: Node

@@ -24,8 +24,11 @@ from adapters.http.app import HttpApi, HttpApiSettings, create_app
 from adapters.http.server import HttpsServer
 from adapters.tls.context import TlsContext
 from registry.certificates import Certificates, ForeignCertificates
+from registry.children import Children
+from registry.commands import Commands
 from registry.core import Registry
 from registry.credentials import Credentials
+from registry.device_config import DeviceConfigs
 from registry.devices import Devices
 from registry.enrolment import Enrolment
 from registry.event_log import EventLog
@@ -37,6 +40,7 @@ from registry.model import Actor, NodeId, TenantId
 from registry.node import Node
 from registry.operators import IssuerKey, OperatorVerifier, mint
 from registry.permissions import Permission, Role
+from registry.presence import Presence
 from registry.profiles import Profiles
 from registry.refusals import Refusals
 from registry.registration_tokens import RegistrationTokens
@@ -193,6 +197,12 @@ async def running_api(
         "issuer": certificates,
     }
     credentials = Credentials(database, teardown=teardown, **shared)
+    told: dict[str, Any] = {"clock": now, "feed": feed}
+    commands = Commands(database, random=os.urandom, **told)
+    device_configs = DeviceConfigs(database, **told)
+    children = Children(database, random=os.urandom, feed_trusted=lambda: feed.trusted, **told)
+    for follower in (commands, device_configs, children):
+        feed.add_follower(follower)
     registry = Registry(
         tenants=Tenants(database, clock=clock, random=os.urandom),
         operators=OperatorVerifier({issuer.kid: issuer.public}),
@@ -213,6 +223,10 @@ async def running_api(
         resolver=resolver,
         sessions=sessions,
         uplinks=Uplinks(database),
+        commands=commands,
+        device_configs=device_configs,
+        children=children,
+        presence=Presence(database, NodeId(name), clock=now, feed=feed),
         event_log=EventLog(database, feed, refusals),
         kick=Kick(database, sessions, teardown, clock=clock),
         node=node,
@@ -224,7 +238,7 @@ async def running_api(
     http = create_app(registry, settings or HttpApiSettings(), seen)
     await feed.start()
     await node.join()
-    tasks = [asyncio.create_task(each.run()) for each in (feed, node, refusals)]
+    tasks = [asyncio.create_task(each.run()) for each in (feed, node, refusals, commands, registry.presence)]
     slug = f"acme-{uuid4().hex[:8]}"
     tenant = await registry.tenants.create("Acme", slug, Actor("system:test", "c"))
     try:
@@ -235,6 +249,9 @@ async def running_api(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await commands.stop()
+        await device_configs.stop()
+        await registry.presence.stop()
         await certificates.stop()
         await registry.revocation_lists.stop()
         await trust.live.stop()

@@ -27,6 +27,8 @@ from rich.console import Console
 
 from tests.bench import machine
 from tests.bench.callers import percentile
+from tests.bench.certificates import idle_tls, issue
+from tests.bench.handshakes import Pair, certified_server, of_openssl, of_product
 from tests.bench.load import DEVICES, Kind, Load, load
 from tests.bench.provisioning import Guess, claims, refused_api_keys, refused_provision_keys
 from tests.bench.report import Report
@@ -37,6 +39,7 @@ UPLINKS = "Durable uplinks over TLS, 64 connections"
 CLAIMS = "Provisioning, 64 connections"
 MEMORY = "Memory of the server's process"
 REVOCATION = "Revocation of one credential"
+TLS = "Mutual TLS 1.3 with client certificates"
 REFUSALS = "Refusals, one request at a time"
 BOUNDS = "Bounds of this machine"
 KINDS: tuple[Kind, ...] = ("telemetry", "event")
@@ -141,6 +144,9 @@ async def bench(pace: Pace, console: Console) -> tuple[Report, bool]:
                 await product.server.start()
                 status.update("idle sessions and revocations")
                 await sessions(report, product.server, pace, started, loaded)
+                await product.server.kill()
+                status.update("handshakes and certificates")
+                await certificates(report, base, pace)
         held = not any(contender.missing for contender in contenders)
     return report, held
 
@@ -220,6 +226,31 @@ async def sessions(report: Report, server: BenchServer, pace: Pace, started: flo
         if revoked.remaining:
             note += f"; {revoked.remaining} REMAINED"
         report.add(REVOCATION, name, revoked.closed * 1e3, "ms", note)
+
+
+async def certificates(report: Report, base: Path, pace: Pace) -> None:
+    """Handshakes against openssl's own server, certificates, and idle connections by certificate."""
+    shown, own = Pair.make(base, "server"), Pair.make(base, "client")
+    rival = await of_openssl(shown, own, pace.seconds)
+    async with certified_server(base / "certified", shown) as server:
+        seen = await of_product(server, shown, own, pace.seconds)
+        issued = await issue(server, pace.claim_seconds)
+        await server.stop()
+        await server.start()
+        idle = await idle_tls(server, base, pace.idle[1])
+    for name, ours, theirs in (
+        ("full handshakes", seen.full, rival.full if rival else None),
+        ("resumed handshakes", seen.resumed, rival.resumed if rival else None),
+    ):
+        note = (
+            f"openssl s_server {theirs:,.0f}/s: ratio {ours / theirs:.2f}" if theirs else "no openssl to compare with"
+        )
+        report.add(TLS, name, ours, "/s", f"{note}; callers on the same cores")
+    note = f"claims with a CSR; one core signs {issued.bound:,.0f}/s without a database"
+    report.add(TLS, "certificates issued", issued.rate, "/s", note)
+    report.add(TLS, "certificate: p99 latency", percentile(issued.times, 99) * 1e3, "ms", _spread(issued.times))
+    note = f"of {idle.connections:,}; {idle.session:.0f} KiB with its session after an uplink; aim: 45 KB"
+    report.add(TLS, "an idle connection", idle.tls, "KiB", note)
 
 
 async def bounds(report: Report, product: Contender, base: Path, pace: Pace) -> None:

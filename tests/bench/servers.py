@@ -24,7 +24,7 @@ from edge.postgres import attach_or_start
 from tests.processes import START_SECONDS, Api, ServerProcess
 
 RIVALS = (sys.executable, "-m", "tests.bench.rivals")
-_LIFTED = {
+LIFTED = {
     "GATEHOUSE_LIMITS__KEY_REQUESTS_PER_SECOND": "1000000",
     "GATEHOUSE_LIMITS__KEY_REQUESTS_BURST": "10000000",
     "GATEHOUSE_LIMITS__TENANT_REQUESTS_PER_SECOND": "1000000",
@@ -149,7 +149,7 @@ class BenchServer(ServerProcess):
 @asynccontextmanager
 async def bench_server(data_dir: Path, rival: str | None = None) -> AsyncIterator[BenchServer]:
     """A started server with a tenant; killed at the end, its database with it."""
-    server = BenchServer(data_dir, _LIFTED, rival=rival)
+    server = BenchServer(data_dir, LIFTED, rival=rival)
     try:
         await server.start()
         await server.settle()

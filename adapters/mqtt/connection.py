@@ -205,6 +205,11 @@ class Connection:
             return False
         return self._keeps_up or self._framer.buffered == 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether the server owes an answer: a message is being stored, or a request judged."""
+        return self.state is State.DECIDING or self._judging is not None or self._unanswered > 0
+
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
         """Bytes from the network. What comes after the end is ignored."""
         if self.state is State.CLOSED:

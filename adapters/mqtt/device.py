@@ -1,0 +1,530 @@
+"""A device's connection: what it publishes goes to the core, what it may hear comes down, nothing else passes.
+
+    PUBLISH ─► topic (authorization.py) ─► own, or a child's? ─► uplink | answer | report | renewal | child | broker
+                    │ not allowed                 │ no                │ stored ─► PUBACK, PUBREC
+                    └── 0x87, or closed ──────────┘                   └ refused ─► its reason, or closed
+    SUBSCRIBE ─► filter ─► own, or a child's? ─► commands and configuration attached | broker's table | 0x80, 0x87
+
+Acknowledgements. `Session.stored` is called when the core says that its transaction is committed, never before. What
+the core refuses for good (a payload that is none) is 0x99 in MQTT 5; 3.1.1 has no such word, and saying yes would be
+untrue, so the connection is closed [MQTT-3.3.5-2]. Of QoS 0 nobody expects an answer: a payload that cannot be read is
+counted and dropped, while a topic that is not allowed ends the connection in both versions, with 0x87 in 5. When the
+outcome is unknown (the database is away in the middle of a commit) nothing is said and the connection is closed: the
+client repeats. An answer to a command that is over already is the one thing that 3.1.1 sees acknowledged without being
+kept: closing would make the client repeat it for ever.
+
+A full core. Reading stops for a moment in any case. MQTT 5 is told 0x97 for QoS 1 and 2; the messages of 3.1.1, and of
+QoS 0, wait here and are tried again, in their order. What waits is bounded by what was read before.
+
+Client ids are scoped to the device: the table of connections is by (tenant, device, client id), so a second connection
+takes over one of the same device only (5.0 §3.1.4: 0x8E).
+
+What can race: the store answers after the connection is gone (the session's state moves on, nobody is answered); a
+child is taken from its gateway between the look and the commit (as over HTTPS, it was its own when it was asked).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, assert_never
+from uuid import uuid4
+
+import msgspec
+
+from adapters.mqtt.authorization import (
+    CHILD_ATTACHED,
+    RENEWED,
+    Brokered,
+    ChildAttachment,
+    CommandAnswer,
+    ConfigReport,
+    Downlink,
+    Renewal,
+    Target,
+    UplinkTopic,
+    publish_target,
+    subscribe_target,
+)
+from adapters.mqtt.connection import Granted
+from adapters.mqtt.downlinks import Downlinks
+from adapters.mqtt.machine_events import (
+    ConnectRequested,
+    Delivered,
+    Discarded,
+    Ended,
+    Event,
+    PublishReceived,
+    ReceiptRecorded,
+    ReleaseReceived,
+    SessionEnded,
+    SubscribeRequested,
+    UnsubscribeRequested,
+    WillDue,
+)
+from adapters.mqtt.provisioning import response_to
+from adapters.mqtt.session import Session
+from adapters.mqtt.session_values import Message, Receipt, Subscription, message_of_will
+from adapters.mqtt.topics import Filter, parse_filter, parse_name
+from adapters.mqtt.uplinks import payload_of, uplink_of
+from adapters.mqtt.wire_packets import Connect, QoS, SubscriptionRequest, Will
+from adapters.mqtt.wire_reasons import ReasonCode, Version
+from adapters.provisioning import error_answer, issued_fields
+from registry.children import NewChild
+from registry.commands import response_from
+from registry.device_config import report_from
+from registry.errors import FailedPrecondition, InvalidArgument, NotFound, RegistryError, Unavailable
+from registry.events import EventKind
+from registry.model import Contact, DeviceId, TenantId, Transport
+from registry.payloads import NewUplink, PayloadTooLarge, Source
+from registry.sessions import Session as RegistrySession
+from registry.uplinks import StoredUplink
+
+if TYPE_CHECKING:
+    from adapters.mqtt.peer import Peer
+    from adapters.mqtt.server import MqttServer
+
+Key = tuple[TenantId, DeviceId, str]
+"""Whose session it is: tenant, device, client id."""
+
+_NO_TOPIC: Final = "this topic is not open to this device"
+
+
+class Devices:
+    """The devices connected to one server."""
+
+    def __init__(self, server: MqttServer) -> None:
+        self.server = server
+        self.by_key: dict[Key, DeviceRole] = {}
+
+    async def admit(self, peer: Peer, session: RegistrySession, connect: Connect) -> None:
+        """Accept a CONNECT whose credential is good, or refuse it for its will. The caller sees by `peer.role`."""
+        own = session.device_id
+        if connect.will is not None and not await self._may_will(session, connect.will):
+            self._note(session, "will outside the device's topics")
+            peer.refuse(ReasonCode.NOT_AUTHORIZED)
+            return
+        if session.closed or not peer.alive:
+            return
+        client_id = connect.client_id or f"gh-{uuid4().hex}"
+        key = (session.tenant_id, own, client_id)
+        before = self.by_key.get(key)
+        if before is not None:
+            self.server.counters.taken_over += 1
+            before.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
+        role = DeviceRole(self, peer, session, key)
+        self.by_key[key] = role
+        peer.role = role
+        assigned = None if connect.client_id else client_id
+        peer.machine.accept(role.mqtt, session_present=False, now=self.server.now(), client_id=assigned)
+        role.connected()
+        peer.pump()
+
+    async def speaks_for(self, session: RegistrySession, device_id: DeviceId) -> bool:
+        """Whether a device may act for this one: itself, or its child."""
+        if device_id == session.device_id:
+            return True
+        return await self.server.registry.children.is_child(session.identity, device_id)
+
+    def publish_will(self, session: RegistrySession, message: Message) -> None:
+        """Publish a will whose time has come: stored as an uplink is, or brokered."""
+        target = publish_target(parse_name(message.topic), session.device_id)
+        if not isinstance(target, UplinkTopic):
+            return
+        try:
+            source = source_of(session, target.device_id)
+            uplink = uplink_of(target, message, source, max_bytes=self.server.limits.payload_bytes)
+            self.server.registry.uplinks.submit(uplink).add_done_callback(self._will_done)
+        except RegistryError:
+            self.server.counters.wills_lost += 1
+
+    def _will_done(self, done: asyncio.Future[StoredUplink]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            self.server.counters.wills_lost += 1
+
+    async def _may_will(self, session: RegistrySession, will: Will) -> bool:
+        target = publish_target(parse_name(will.topic), session.device_id)
+        match target:
+            case UplinkTopic(device_id):
+                if not await self.speaks_for(session, device_id):
+                    return False
+                return _readable(will, target, session, self.server)
+            case _:
+                return False
+
+    def _note(self, session: RegistrySession, reason: str) -> None:
+        note_refusal(self.server, session, reason)
+
+
+class DeviceRole:
+    """One of them (peer.Role)."""
+
+    def __init__(self, owner: Devices, peer: Peer, session: RegistrySession, key: Key) -> None:
+        self.owner = owner
+        self.server = owner.server
+        self.registry = owner.server.registry
+        self.peer = peer
+        self.session = session
+        self.key = key
+        self.own = session.device_id
+        self.mqtt = Session(peer.machine.limits)
+        self.downlinks = Downlinks(self)
+        self._waiting: deque[tuple[Receipt, NewUplink]] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+
+    def connected(self) -> None:
+        """CONNACK is on its way."""
+        self.registry.presence.connected(self.session)
+
+    def lost(self, ended: Ended | None, now: float) -> None:
+        self.downlinks.close()
+        self._waiting.clear()
+        if self._retry is not None:
+            self._retry.cancel()
+        if self.owner.by_key.get(self.key) is self:
+            del self.owner.by_key[self.key]
+        self.registry.presence.disconnected(self.session, ended.cause.value if ended is not None else "failed")
+        self.registry.sessions.ended(self.session)
+        for event in self.mqtt.tick(now):
+            if isinstance(event, WillDue):
+                self.owner.publish_will(self.session, event.message)
+
+    def handle(self, event: Event, now: float) -> None:
+        match event:
+            case PublishReceived(receipt, message, levels):
+                self._publish(receipt, message, levels, now)
+            case SubscribeRequested(packet_id, requests, _):
+                self._subscribe(packet_id, requests, now)
+            case UnsubscribeRequested(packet_id, subscriptions):
+                for one in subscriptions:
+                    self._unsubscribed(one)
+                self.peer.machine.unsubscribed(packet_id, now)
+            case Delivered(_, key, _):
+                self.downlinks.acknowledged(key)
+            case Discarded(_, delivery, _):
+                self.server.counters.discarded += 1
+                self.downlinks.acknowledged(delivery.key)
+            case WillDue(message):
+                self.owner.publish_will(self.session, message)
+            case ReceiptRecorded() | ReleaseReceived() | SessionEnded():  # of stored sessions only
+                pass
+            case ConnectRequested() | Ended():
+                raise AssertionError(f"the peer passed {type(event).__name__} on")
+            case _:
+                assert_never(event)
+
+    # Publishing -----------------------------------------------------------------------------------------------------
+
+    def _publish(self, receipt: Receipt, message: Message, levels: tuple[str, ...], now: float) -> None:
+        target = publish_target(levels, self.own)
+        match target:
+            case UplinkTopic(device_id) if device_id == self.own:
+                self._store(receipt, message, target, now)
+            case Brokered() | None:
+                self._forbidden(receipt, now)
+            case _:
+                self._start(receipt, message, partial(self._publish_later, receipt, message, target))
+
+    async def _publish_later(self, receipt: Receipt, message: Message, target: Target) -> None:
+        """What has to ask the database before its fate is known."""
+        match target:
+            case Brokered():
+                raise AssertionError("brokered messages do not come here")
+            case Renewal():
+                await self._renew(receipt, message)
+                return
+            case ChildAttachment():
+                await self._attach_child(receipt, message)
+                return
+            case UplinkTopic() | CommandAnswer() | ConfigReport():
+                pass
+            case _:
+                assert_never(target)
+        if not await self.owner.speaks_for(self.session, target.device_id):
+            self._forbidden(receipt, self.server.now())
+            return
+        source = source_of(self.session, target.device_id)
+        match target:
+            case UplinkTopic():
+                self._store(receipt, message, target, self.server.now())
+                return
+            case CommandAnswer(_, command_id):
+                payload = payload_of(message, max_bytes=self.server.limits.payload_bytes)
+                await self.registry.commands.answer(source, command_id, response_from(payload), uuid4().hex)
+            case ConfigReport():
+                payload = payload_of(message, max_bytes=self.server.limits.payload_bytes)
+                await self.registry.device_configs.report(source, report_from(payload), uuid4().hex)
+            case _:
+                assert_never(target)
+        self._stored(receipt)
+
+    def _store(self, receipt: Receipt, message: Message, topic: UplinkTopic, now: float) -> None:
+        source = source_of(self.session, topic.device_id)
+        try:
+            uplink = uplink_of(topic, message, source, max_bytes=self.server.limits.payload_bytes)
+        except InvalidArgument as error:
+            self._unreadable(receipt, error, now)
+            return
+        if self._waiting:
+            self._waiting.append((receipt, uplink))
+        elif not self._submit(receipt, uplink):
+            self._full(receipt, uplink, now)
+
+    def _submit(self, receipt: Receipt, uplink: NewUplink) -> bool:
+        try:
+            future = self.registry.uplinks.submit(uplink)
+        except Unavailable:
+            return False
+        future.add_done_callback(partial(self._committed, receipt))
+        return True
+
+    def _committed(self, receipt: Receipt, done: asyncio.Future[StoredUplink]) -> None:
+        counters = self.server.counters
+        error = Unavailable("the server is stopping") if done.cancelled() else done.exception()
+        if error is not None:
+            self.peer.run(partial(self._refused, receipt, error))
+            return
+        if done.result().duplicate:
+            counters.duplicate += 1
+        else:
+            counters.stored += 1
+        self.peer.run(partial(self._stored, receipt))
+
+    def _full(self, receipt: Receipt, uplink: NewUplink, now: float) -> None:
+        """The core has no room: say so where there is a word for it, try again where there is none; read no more."""
+        pause = self.server.limits.full_pause
+        self.server.counters.full += 1
+        self.peer.hold(pause)
+        if self.peer.machine.version is Version.V5 and receipt.qos is not QoS.AT_MOST_ONCE:
+            self.mqtt.failed(receipt, ReasonCode.QUOTA_EXCEEDED, now, "the server is full; try again")
+            return
+        self._waiting.append((receipt, uplink))
+        if self._retry is None:
+            self._retry = self.server.loop.call_later(pause, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        while self._waiting:
+            receipt, uplink = self._waiting[0]
+            if not self._submit(receipt, uplink):
+                pause = self.server.limits.full_pause
+                self.peer.hold(pause)
+                self._retry = self.server.loop.call_later(pause, self._try_again)
+                return
+            self._waiting.popleft()
+
+    # What became of a message ---------------------------------------------------------------------------------------
+
+    def _stored(self, receipt: Receipt) -> None:
+        self.mqtt.stored(receipt, self.server.now())
+
+    def _refused(self, receipt: Receipt, error: BaseException) -> None:
+        now = self.server.now()
+        match error:
+            case InvalidArgument():
+                self._unreadable(receipt, error, now)
+            case FailedPrecondition() | NotFound():
+                if self.peer.machine.version is Version.V5 and receipt.qos is not QoS.AT_MOST_ONCE:
+                    self.mqtt.failed(receipt, ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR, now, error.message)
+                else:
+                    self.mqtt.stored(receipt, now)
+            case RegistryError():  # the outcome is not known: nothing is acknowledged, nothing refused
+                self.server.counters.unknown += 1
+                if receipt.qos is QoS.AT_MOST_ONCE:
+                    self.mqtt.stored(receipt, now)
+                else:
+                    self.peer.end(ReasonCode.SERVER_BUSY, publish_will=False)
+            case _:
+                raise error
+
+    def _unreadable(self, receipt: Receipt, error: InvalidArgument, now: float) -> None:
+        self.server.counters.rejected += 1
+        self.server.counters.too_large += isinstance(error, PayloadTooLarge)
+        if receipt.qos is QoS.AT_MOST_ONCE:
+            self.mqtt.stored(receipt, now)
+        else:
+            self.mqtt.failed(receipt, ReasonCode.PAYLOAD_FORMAT_INVALID, now, error.message[:_MAX_TEXT])
+
+    def _forbidden(self, receipt: Receipt, now: float) -> None:
+        self.server.counters.forbidden += 1
+        note_refusal(self.server, self.session, "publish outside the device's topics")
+        self.mqtt.failed(receipt, ReasonCode.NOT_AUTHORIZED, now, _NO_TOPIC)
+
+    def _start(self, receipt: Receipt, message: Message, work: Callable[[], Awaitable[None]]) -> None:
+        async def run() -> None:
+            try:
+                await work()
+            except RegistryError as error:
+                self._refused(receipt, error)
+
+        self.peer.start(run())
+
+    # Requests with an answer ----------------------------------------------------------------------------------------
+
+    async def _renew(self, receipt: Receipt, message: Message) -> None:
+        contact = Contact(Transport.MQTT, self.peer.address, uuid4().hex)
+        answer: dict[str, object]
+        try:
+            issued = await self.registry.enrolment.renew(self.session.identity, _csr(message), contact)
+            answer = {"status": "ok", "device_id": self.own, **issued_fields(issued)}
+        except Unavailable:
+            raise
+        except RegistryError as error:
+            answer = dict(error_answer(error, contact.correlation_id))
+        self._respond(receipt, message, answer, RENEWED)
+
+    async def _attach_child(self, receipt: Receipt, message: Message) -> None:
+        correlation_id = uuid4().hex
+        answer: dict[str, object]
+        try:
+            child = _child(message, self.server.limits.payload_bytes)
+            attached = await self.registry.children.attach(self.session.identity, child, correlation_id)
+            answer = {"status": "ok", "device_id": attached.device_id, "created": attached.created}
+        except Unavailable:
+            raise
+        except RegistryError as error:
+            answer = dict(error_answer(error, correlation_id))
+        self._respond(receipt, message, answer, CHILD_ATTACHED)
+
+    def _respond(self, receipt: Receipt, message: Message, answer: dict[str, object], tail: tuple[str, ...]) -> None:
+        """Answer to this connection, under the name that the request used for the device."""
+        now = self.server.now()
+        name = message.topic.split("/")[1]
+        otherwise = "/".join(("devices", name, *tail))
+        qos = min(message.qos, QoS.AT_LEAST_ONCE)
+        delivery = response_to(message, msgspec.json.encode(answer), otherwise, qos, key=self.downlinks.next_key())
+        self.mqtt.deliver(delivery, now)
+        self.mqtt.stored(receipt, now)
+
+    # Subscribing ----------------------------------------------------------------------------------------------------
+
+    def _subscribe(self, packet_id: int, requests: Sequence[SubscriptionRequest], now: float) -> None:
+        targets = [subscribe_target(_filter(self.peer, request), self.own) for request in requests]
+        if all(target is None or self._at_once(target) for target in targets):
+            self._subscribed(packet_id, requests, targets, now)
+            return
+        self.peer.start(self._subscribe_later(packet_id, requests, targets))
+
+    def _at_once(self, target: Downlink | Brokered) -> bool:
+        return isinstance(target, Downlink) and target.device_id == self.own
+
+    async def _subscribe_later(
+        self,
+        packet_id: int,
+        requests: Sequence[SubscriptionRequest],
+        targets: Sequence[Downlink | Brokered | None],
+    ) -> None:
+        judged: list[Downlink | Brokered | None] = []
+        for target in targets:
+            allowed = isinstance(target, Downlink) and await self._may_hear(target.device_id)
+            judged.append(target if allowed else None)
+        self._subscribed(packet_id, requests, judged, self.server.now())
+
+    async def _may_hear(self, device_id: DeviceId) -> bool:
+        try:
+            return await self.owner.speaks_for(self.session, device_id)
+        except RegistryError:  # who cannot be asked for is not heard; the client asks again
+            return False
+
+    def _subscribed(
+        self,
+        packet_id: int,
+        requests: Sequence[SubscriptionRequest],
+        targets: Sequence[Downlink | Brokered | None],
+        now: float,
+    ) -> None:
+        reasons: list[ReasonCode] = []
+        for request, target in zip(requests, targets, strict=True):
+            match target:
+                case None:
+                    note_refusal(self.server, self.session, "subscription outside the device's topics")
+                    self.server.counters.forbidden += 1
+                    reasons.append(ReasonCode.NOT_AUTHORIZED)
+                case Downlink():
+                    reasons.append(ReasonCode(min(request.qos, QoS.AT_LEAST_ONCE)))
+                case Brokered():
+                    reasons.append(ReasonCode.NOT_AUTHORIZED)
+                case _:
+                    assert_never(target)
+        by_filter = {request.filter: target for request, target in zip(requests, targets, strict=True)}
+        for granted in self.peer.machine.subscribed(packet_id, reasons, now):
+            self._granted(granted, by_filter[granted.subscription.filter.text])
+
+    def _granted(self, granted: Granted, target: Downlink | Brokered | None) -> None:
+        if isinstance(target, Downlink):
+            self.downlinks.opened(target, granted.subscription)
+
+    def _unsubscribed(self, subscription: Subscription) -> None:
+        target = subscribe_target(subscription.filter, self.own)
+        if isinstance(target, Downlink):
+            self.downlinks.closed(target)
+
+
+_MAX_TEXT: Final = 200
+
+
+def source_of(session: RegistrySession, device_id: DeviceId) -> Source:
+    """Whose uplink it is: the device's own, or a child's that it sends for."""
+    if device_id == session.device_id:
+        return Source.of(session.identity, Transport.MQTT)
+    return Source(session.tenant_id, device_id, Transport.MQTT, via=session.device_id)
+
+
+def note_refusal(server: MqttServer, session: RegistrySession, reason: str) -> None:
+    """Keep for the operator what a device tried and may not; repetitions are counted together."""
+    server.registry.refusals.note(
+        tenant_id=session.tenant_id,
+        device_id=session.device_id,
+        kind=EventKind.AUTH_REFUSED,
+        reason=reason,
+        contact=session.contact,
+        detail={"credential_id": str(session.identity.credential_id)},
+    )
+
+
+def _filter(peer: Peer, request: SubscriptionRequest) -> Filter:
+    limits = peer.machine.limits
+    return parse_filter(request.filter, max_bytes=limits.topic_bytes, max_levels=limits.topic_levels)
+
+
+def _readable(will: Will, target: UplinkTopic, session: RegistrySession, server: MqttServer) -> bool:
+    """Whether a will can be stored when its time comes: it is judged while somebody is there to be told."""
+    try:
+        message = message_of_will(will, server.now())
+        uplink_of(target, message, source_of(session, target.device_id), max_bytes=server.limits.payload_bytes)
+    except InvalidArgument:
+        return False
+    return True
+
+
+class _CsrRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    csr: str
+
+
+def _csr(message: Message) -> bytes:
+    """The request in a message: PEM or DER as they are, or `{"csr": PEM}`. Raises InvalidArgument."""
+    if not message.payload.lstrip().startswith(b"{"):
+        return message.payload
+    try:
+        return msgspec.json.decode(message.payload, type=_CsrRequest).csr.encode()
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"the request is refused: {str(error)[:_MAX_TEXT]}", field="csr") from None
+
+
+class _ChildRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    hardware_id: str
+    name: str | None = None
+    firmware: str | None = None
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    meta: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+def _child(message: Message, max_bytes: int) -> NewChild:
+    """What a gateway says of a child. Raises InvalidArgument."""
+    try:
+        read = msgspec.convert(payload_of(message, max_bytes=max_bytes).value, _ChildRequest)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"the child is refused: {str(error)[:_MAX_TEXT]}") from None
+    return NewChild(read.hardware_id, read.name, read.firmware, read.tags, read.meta)

@@ -1,0 +1,168 @@
+"""What comes down to one connection: commands and configuration of its device, and of children that it subscribed for.
+
+    a filter for `…/commands` is granted ─► Commands.attach ─► deliver ─► PUBLISH ─► PUBACK ─► Commands.delivered
+    a filter for `…/config` is granted   ─► DeviceConfigs.attach ─► the present one, then each newer one
+
+Nothing of this is kept in the MQTT session: the core keeps commands until they are answered and the configuration for
+ever, and attaching brings what is unfinished (retained meaning, as CONTRACT §3 says; hence once for each SUBSCRIBE of a
+configuration). So a command is delivered at least once, in order, and known by its `command_id`; QoS 1 at most.
+
+A message's topic is spelled as the filter that asked for it: `devices/me/…` for who subscribed so, because clients
+hand messages out by matching their own filters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from adapters.mqtt.authorization import COMMANDS, CONFIG, ME, Downlink
+from adapters.mqtt.properties import Properties
+from adapters.mqtt.session import Untaken
+from adapters.mqtt.session_values import Delivery, Message, Subscription
+from adapters.mqtt.topics import matches
+from adapters.mqtt.wire_packets import QoS
+from registry.commands import Command, CommandAttachment, encode_command
+from registry.device_config import ConfigAttachment, DeviceConfig, encode_config
+from registry.model import CommandId, DeviceId
+
+if TYPE_CHECKING:
+    from adapters.mqtt.device import DeviceRole
+
+AGAIN_SECONDS: Final = 2.0
+"""After a command could not be sent (QoS 0 to a peer that does not read) it is tried again."""
+_JSON: Final = Properties(payload_format_indicator=1, content_type="application/json")
+
+
+class Downlinks:
+    """Those of one connection."""
+
+    def __init__(self, role: DeviceRole) -> None:
+        self._role = role
+        self._lines: dict[DeviceId, _Line] = {}
+        self._keys = 0
+
+    def opened(self, asked: Downlink, subscription: Subscription) -> None:
+        """A filter is granted: attach what it matches."""
+        line = self._lines.get(asked.device_id)
+        if line is None:
+            line = self._lines[asked.device_id] = _Line(self, self._role, asked.device_id)
+        line.opened(asked, subscription)
+
+    def closed(self, asked: Downlink) -> None:
+        """A filter is gone."""
+        line = self._lines.get(asked.device_id)
+        if line is not None and line.closed(asked):
+            del self._lines[asked.device_id]
+
+    def close(self) -> None:
+        """The connection is gone."""
+        for line in self._lines.values():
+            line.detach()
+        self._lines.clear()
+
+    def acknowledged(self, key: int) -> bool:
+        """A delivery of this key is done; whether it was one of ours."""
+        return any(line.acknowledged(key) for line in self._lines.values())
+
+    def next_key(self) -> int:
+        """A name for a delivery. Negative: the broker's are not."""
+        self._keys -= 1
+        return self._keys
+
+
+class _Line:
+    """One device's, as a listener of its commands and its configuration."""
+
+    def __init__(self, owner: Downlinks, role: DeviceRole, device_id: DeviceId) -> None:
+        self._owner = owner
+        self._role = role
+        self._device_id = device_id
+        self._subscribed: dict[str, tuple[Downlink, Subscription]] = {}
+        self._commands: CommandAttachment | None = None
+        self._config: ConfigAttachment | None = None
+        self._in_flight: dict[int, CommandId] = {}
+
+    def opened(self, asked: Downlink, subscription: Subscription) -> None:
+        self._subscribed[asked.filter.text] = asked, subscription
+        registry, role = self._role.registry, self._role
+        tenant_id = role.session.tenant_id
+        via = None if self._device_id == role.own else role.own
+        if COMMANDS in asked.tails and self._commands is None:
+            self._commands = registry.commands.attach(tenant_id, self._device_id, self, via=via)
+        if CONFIG in asked.tails:  # each time, as a retained message would come
+            if self._config is not None:
+                registry.device_configs.detach(self._config)
+            self._config = registry.device_configs.attach(tenant_id, self._device_id, self, via=via)
+
+    def closed(self, asked: Downlink) -> bool:
+        """Whether nothing is left."""
+        self._subscribed.pop(asked.filter.text, None)
+        if self._commands is not None and self._way(COMMANDS) is None:
+            self._role.registry.commands.detach(self._commands)
+            self._commands = None
+        if self._config is not None and self._way(CONFIG) is None:
+            self._role.registry.device_configs.detach(self._config)
+            self._config = None
+        return not self._subscribed
+
+    def detach(self) -> None:
+        registry = self._role.registry
+        if self._commands is not None:
+            registry.commands.detach(self._commands)
+        if self._config is not None:
+            registry.device_configs.detach(self._config)
+        self._commands = self._config = None
+
+    def acknowledged(self, key: int) -> bool:
+        command_id = self._in_flight.pop(key, None)
+        if command_id is None:
+            return False
+        if self._commands is not None:
+            self._role.registry.commands.delivered(self._commands, command_id)
+        return True
+
+    # What the core calls (registry.commands.CommandListener, registry.device_config.ConfigListener) -------------------
+
+    def deliver(self, command: Command) -> None:
+        key = self._owner.next_key()
+        taken = self._send(COMMANDS, encode_command(command), key)
+        if taken is None or isinstance(taken, Untaken):
+            self._role.server.loop.call_later(AGAIN_SECONDS, self._again)
+            return
+        self._in_flight[key] = command.command_id
+        if taken == 0:  # QoS 0: it has left, and nobody will say that it arrived
+            self.acknowledged(key)
+
+    def configure(self, config: DeviceConfig) -> None:
+        self._send(CONFIG, encode_config(config), self._owner.next_key())
+
+    def _again(self) -> None:
+        if self._commands is None or self._in_flight:
+            return
+        registry, via = self._role.registry, self._commands.via
+        registry.commands.detach(self._commands)
+        self._commands = registry.commands.attach(self._role.session.tenant_id, self._device_id, self, via=via)
+
+    def _send(self, tail: tuple[str, ...], payload: bytes, key: int) -> int | Untaken | None:
+        way = self._way(tail)
+        if way is None or self._role.session.closed:
+            return None
+        topic, subscription = way
+        qos = min(subscription.qos, QoS.AT_LEAST_ONCE)
+        identifiers = () if subscription.identifier is None else (subscription.identifier,)
+        delivery = Delivery(Message(topic, payload, qos, properties=_JSON), qos, False, identifiers, key)
+        taken = self._role.mqtt.deliver(delivery, self._role.server.now())
+        self._role.peer.poke()
+        return taken
+
+    def _way(self, tail: tuple[str, ...]) -> tuple[str, Subscription] | None:
+        """The topic and the subscription that something goes down by."""
+        found: tuple[str, Subscription] | None = None
+        for asked, subscription in self._subscribed.values():
+            if tail not in asked.tails:
+                continue
+            by_name = matches(asked.filter.levels, ("devices", str(self._device_id), *tail))
+            name = str(self._device_id) if by_name else ME
+            if found is None or subscription.qos > found[1].qos:
+                found = "/".join(("devices", name, *tail)), subscription
+        return found

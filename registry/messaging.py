@@ -1,40 +1,91 @@
-"""Skeleton: the public face of brokered messaging. Being filled; the signatures stand."""
+"""Brokered messaging of one node: what the broker must not lose, whatever happens to this process.
+
+                    publish                       publishing.py        queues, retained, relays, QoS 2 ids
+    adapter ──► ───────────────► Messaging ──┬──► message_routes.py    who wants what, in versions
+    (Router) ◄──────────────────             ├──► stored_sessions.py   who serves a session; wills; fencing
+                committed, queued, arrived   ├──► delivery_progress.py how far deliveries have come
+                                             └──► message_inbox.py     what other nodes have for us
+
+The adapter matches filters and runs the protocol; this package stores, and tells it what to send. What is promised:
+
+- An acknowledged QoS 1 or 2 message is in the queue of every stored session that subscribed before, connected or not,
+  and is delivered from there after any crash. A QoS 2 message enters once and leaves once: its incoming id is stored
+  with it, its outgoing packet id before it is sent, its PUBREC before the PUBREL.
+- Sessions that end with their connection live in their node's memory. Messages for them cross nodes by relay rows; a
+  node that dies takes its sessions along, and nothing is owed to them any more.
+- Tenants do not meet: routes, queues, retained messages and limits are each tenant's own.
+- A stale owner, of a session or of a whole node, writes nothing: every write carries the session's epoch.
+
+A node beats every two seconds. One that has not for fifteen is dead: its sessions are orphaned (their epochs rise), its
+interests and relays go. If it was only cut off it finds itself struck off the list, evicts what it served, and writes
+its interests again. Meanwhile, and in the seconds until it is noticed, a shared subscription may pick a member on
+the dead node: that message is lost for the group. So is one whose chosen member leaves while it is on its way; its
+node may publish it anew.
+
+The seconds are everybody's own clock: nodes of one database keep their clocks together within a second or so, as
+expiries and will delays are told by whichever node looks.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
 
+from registry.delivery_progress import DeliveryProgress, Kind, Step
+from registry.errors import RegistryError, Unavailable
+from registry.events import EventKind
+from registry.feed import Seen
+from registry.message_inbox import MessageInbox
+from registry.message_routes import KEEP_REMOVED_SECONDS, MessageRoutes
+from registry.messaging_limits import DEFAULT_LIMITS, MessagingLimits
 from registry.messaging_values import (
     Message,
+    NodeRoute,
     Opening,
     Ownership,
+    PendingWill,
     Publication,
     Published,
     Relay,
     Retained,
     Router,
     Routing,
-    StoredSession,
+    SessionRoute,
     StoredSessionId,
     StoredSubscription,
     Taken,
 )
 from registry.model import DeviceId, NodeId, ProfileId, TenantId
-from registry.storage.database import Database
+from registry.publishing import Publishing
+from registry.storage import messaging as storage
+from registry.storage import messaging_routes, messaging_sessions
+from registry.storage.database import Database, is_away
+from registry.stored_sessions import StoredSessions
+from registry.topic_grants import GrantTable
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class MessagingLimits:
-    """How much the broker keeps."""
-
-    queued_messages: int = 1_000
-    queued_bytes: int = 1_048_576
+CHANNEL = "gatehouse_messaging"
+BEAT_SECONDS = 2.0
+DEAD_SECONDS = 15.0
+"""Several beats: a pause of the database's or the node's must not look like a death."""
+_UPKEEP_SECONDS = 30.0
+_HINT_SECONDS = 0.002
+"""Hints within this time become one NOTIFY, which takes a lock that all notifying commits share."""
+_WILLS = 100
+_WILL_RETRY_SECONDS = 10.0
+_CHUNK = 1_000
+_EVERY_NODE = "*"
+_PAYLOAD_BYTES = 7_000
+"""PostgreSQL takes 8,000 in a NOTIFY."""
 
 
 class Messaging:
-    """Brokered messaging of one node."""
+    """The service. Make it, `start` it with the adapter's router, `run` it in a task; `stop` it in the end."""
 
     def __init__(
         self,
@@ -43,89 +94,481 @@ class Messaging:
         *,
         clock: Callable[[], float],
         random: Callable[[int], bytes],
-        limits: MessagingLimits = MessagingLimits(),  # frozen
+        limits: MessagingLimits = DEFAULT_LIMITS,
+        observe: Callable[[int, float], None] | None = None,
     ) -> None:
-        raise NotImplementedError
+        """`clock` gives seconds since 1970, `random(n)` n bytes. `observe(publications, seconds)`: each batch."""
+        self.node_id = node_id
+        self._database = database
+        self._clock = clock
+        self._random = random
+        self._limits = limits
+        self._observe = observe
+        self._incarnation = uuid4()
+        self._hinted: set[str] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._dropped: set[DeviceId] = set()
+        self._swept: UUID = UUID(int=0)
+        self._relays_dropped = 0
+        self.grants = GrantTable(database)
 
-    # Life of the service.
+    # Life ---------------------------------------------------------------------------------------------------------
+
     async def start(self, router: Router) -> None:
-        """Join: what an earlier process of this node held is let go. Raises Unavailable."""
-        raise NotImplementedError
+        """Join. What an earlier process of this node held is let go. Before anything else. Raises Unavailable."""
+        self._router = router
+        self._inbox = MessageInbox(self._database, self.node_id, router)
+        self._routes = MessageRoutes(self._database, self.node_id, router, self._hint_all)
+        self._sessions = StoredSessions(
+            self._database,
+            self.node_id,
+            clock=self._clock,
+            limits=self._limits,
+            hint=self._hint,
+            hint_all=self._hint_all,
+        )
+        self._progress = DeliveryProgress(self._database, self.node_id, freed=self._inbox.freed)
+        self._publishing = Publishing(
+            self._database,
+            self.node_id,
+            router,
+            self._routes,
+            clock=self._clock,
+            random=self._random,
+            limits=self._limits,
+            hint=self._hint,
+            held_back=self._inbox.held_back,
+            observe=self._observe,
+        )
+        await self._clear_up_after(self.node_id)
+        await self._join()
+        async with self._database.connection() as connection:
+            await messaging_sessions.take_evictions(connection, self.node_id)  # they were the earlier process's
 
     async def run(self) -> None:
-        """Follow routes, relays, queues and evictions; wills, expiries, dead nodes. Cancel it to stop."""
-        raise NotImplementedError
+        """Take what other nodes bring, and do what the clock asks for; survives the loss of the database. Cancel it
+        to stop, then call `stop`."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen(), name="messaging listener")
+            group.create_task(self._follow(), name="messaging inbox")
+            group.create_task(self._keep_up(), name="messaging upkeep")
 
     async def stop(self) -> None:
-        """Finish what is queued, then leave."""
-        raise NotImplementedError
+        """Store what is queued, then leave the list of nodes. Sessions are to be released before."""
+        await self._publishing.stop()
+        await self._progress.stop()
+        await self._routes.stop()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        try:
+            await self._clear_up_after(self.node_id)
+            async with self._database.connection() as connection:
+                await storage.leave(connection, self.node_id, self._incarnation)
+        except Unavailable:
+            log.info("messaging.left_unannounced", extra={"fields": {"node": self.node_id}})
 
-    # Sessions.
+    @property
+    def queued(self) -> int:
+        """Publications that wait for a batch."""
+        return self._publishing.queued
+
+    @property
+    def overflowed(self) -> int:
+        """Publications refused because a queue had no room, since the start."""
+        return self._publishing.overflowed
+
+    @property
+    def relays_dropped(self) -> int:
+        """QoS 0 messages for other nodes that were dropped for want of room, since the start."""
+        return self._relays_dropped
+
+    # Sessions -----------------------------------------------------------------------------------------------------
+
     async def take(self, opening: Opening) -> Taken:
-        """Begin or resume a session. Raises Unavailable, ResourceExhausted (sessions of the device)."""
-        raise NotImplementedError
+        """Begin a session, or go on with it, from wherever it was; its earlier owner is fenced off and told.
+
+        With a `clean` opening, or an expiry of 0 and nothing stored, there is nothing to store: `ownership` is None.
+        The will of such a session stays the adapter's. Judge what comes back by the grants of now: subscriptions and
+        queued messages are as they were. Raises Unavailable, OutcomeOpen, ResourceExhausted (the device's sessions).
+        """
+        return await self._sessions.take(opening)
 
     async def release(
         self, ownership: Ownership, *, publish_will: bool, expiry: float | None = None, unsent: Sequence[int] = ()
     ) -> None:
-        """The connection is gone; expiry and will delay begin to run. `unsent`: ordinals that were never sent."""
-        raise NotImplementedError
+        """The connection is gone: the expiry runs (0: the session ends), and with `publish_will` the will's delay.
+
+        `expiry`: as DISCONNECT changed it. `unsent`: ordinals that were never sent, so that they may still expire.
+        Duty: `await` what was submitted about the session before. May be repeated when it raises Unavailable or
+        OutcomeOpen; until it succeeds the session counts as served. Raises SessionLost: somebody else has it.
+        """
+        await self._sessions.release(ownership, publish_will=publish_will, expiry=expiry, unsent=unsent)
 
     async def end(self, ownership: Ownership, *, publish_will: bool = False) -> None:
-        """The session is over: subscriptions, queue and incoming ids go."""
-        raise NotImplementedError
+        """The session is over, and everything of it goes. Raises SessionLost, Unavailable, OutcomeOpen."""
+        await self._sessions.end(ownership, publish_will=publish_will)
 
     async def subscribe(self, ownership: Ownership, subscriptions: Sequence[StoredSubscription]) -> None:
-        """Add or replace; when it returns every node's next publication finds them. Raises SessionLost, Unavailable."""
-        raise NotImplementedError
+        """Add or replace subscriptions. When it returns, every later publication on any node finds them.
+
+        Raises SessionLost, Unavailable.
+        """
+        await self._routes.subscribe(ownership, subscriptions)
 
     async def unsubscribe(self, ownership: Ownership, filters: Sequence[str]) -> None:
-        """Likewise."""
-        raise NotImplementedError
+        """Remove subscriptions by their texts. Raises SessionLost, Unavailable."""
+        await self._routes.unsubscribe(ownership, filters)
 
     async def watch(self, tenant_id: TenantId, filter_text: str, *, stored: bool, qos: int) -> None:
-        """A session that lives here has this subscription; counted, one call for each. Raises Unavailable."""
-        raise NotImplementedError
+        """A session that is connected here has this subscription: other nodes relay what `NodeRoute` says.
+
+        Counted: one call for each session and subscription, and one `unwatch` at its end. Before SUBACK for sessions
+        that are not stored. Raises Unavailable.
+        """
+        await self._routes.watch(tenant_id, NodeRoute(self.node_id, filter_text, stored, qos))
 
     async def unwatch(self, tenant_id: TenantId, filter_text: str, *, stored: bool, qos: int) -> None:
-        """Its opposite; never raises."""
-        raise NotImplementedError
+        """The opposite of `watch`; never raises."""
+        await self._routes.unwatch(tenant_id, NodeRoute(self.node_id, filter_text, stored, qos))
 
-    # Messages in.
+    async def follow_tenant(self, tenant_id: TenantId) -> None:
+        """Load the tenant's routes into the router, and keep them current. Raises Unavailable.
+
+        Publications do it by themselves; QoS 0 messages that go no further than this node's memory need it done.
+        """
+        if not self._routes.follows(tenant_id):
+            async with self._database.connection() as connection:
+                await self._routes.refresh(connection, [tenant_id])
+
+    def forget_tenant(self, tenant_id: TenantId) -> None:
+        """Nobody of the tenant is connected here any more; the router may drop its routes."""
+        self._routes.forget(tenant_id)
+
+    # Messages in --------------------------------------------------------------------------------------------------
+
     def publish(self, publication: Publication) -> asyncio.Future[Published]:
-        """Route and store; done when committed. Every QoS 1 and 2 message and every retained one goes this way."""
-        raise NotImplementedError
+        """Route and store a message. Every QoS 1 or 2 message goes this way, and every one to be retained.
+
+        The future is done when it is committed: acknowledge then. `Router.committed` has been called before, in order.
+        It raises QueueFull (nothing stored; 0x97), SessionLost (close), OutcomeOpen (close without an answer),
+        Unavailable or InvalidArgument (nothing stored). Raises Unavailable at once when too much waits.
+        """
+        return self._publishing.publish(publication)
 
     def enqueue(self, publication: Publication, routing: Routing) -> asyncio.Future[Published]:
-        """Store for exactly these recipients (a retained message for a new subscription); retains nothing."""
-        raise NotImplementedError
+        """Store a message for exactly these recipients, as a retained message for a new subscription; retains nothing.
+
+        As `publish`. `Router.abandoned` or `committed` is called with this routing once.
+        """
+        return self._publishing.publish(publication, routing)
 
     def relay(self, publication: Publication, relays: Sequence[Relay]) -> bool:
-        """Send a QoS 0 message to other nodes, best effort. False: no room, dropped."""
-        raise NotImplementedError
+        """Send a QoS 0 message to other nodes, best effort. False: no room, dropped and counted."""
+        try:
+            future = self._publishing.publish(publication, Routing(relays=tuple(relays)))
+        except Unavailable:
+            self._relays_dropped += 1
+            return False
+        future.add_done_callback(self._relayed)
+        return True
 
-    # Messages out: each future raises SessionLost or Unavailable.
+    def _relayed(self, future: asyncio.Future[Published]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            self._relays_dropped += 1
+
+    # Messages out -------------------------------------------------------------------------------------------------
+
     def delivered(self, ownership: Ownership, ordinal: int) -> asyncio.Future[None]:
-        """The subscriber has it (or it was discarded): the row goes."""
-        raise NotImplementedError
+        """The subscriber has it, or it was discarded: its row goes. The futures here raise SessionLost, Unavailable."""
+        return self._progress.submit(Step(Kind.DELIVERED, ownership, ordinal))
 
     def received(self, ownership: Ownership, ordinal: int) -> asyncio.Future[None]:
-        """PUBREC came: from the commit on only PUBREL is sent."""
-        raise NotImplementedError
+        """PUBREC came. When the future is done, PUBREL may be sent, and after any crash only that."""
+        return self._progress.submit(Step(Kind.RECEIVED, ownership, ordinal))
 
     def released(self, ownership: Ownership, packet_id: int) -> asyncio.Future[None]:
-        """PUBREL came: the incoming id is forgotten."""
-        raise NotImplementedError
+        """PUBREL came. When the future is done, the id is forgotten and PUBCOMP may be sent."""
+        return self._progress.submit(Step(Kind.RELEASED, ownership, packet_id))
 
-    # Retained.
+    # Retained messages --------------------------------------------------------------------------------------------
+
     async def retained_topics(self, tenant_id: TenantId, prefix: str) -> list[str]:
-        """Topics of living retained messages that begin with `prefix` (the filter up to its first wildcard)."""
-        raise NotImplementedError
+        """Topics with a retained message that begin with `prefix`: a filter up to its first wildcard. Bounded by the
+        tenant's limit. Match them, then ask for the messages in portions. Raises Unavailable."""
+        async with self._database.connection() as connection:
+            return await storage.retained_topics(connection, tenant_id, prefix, self._clock())
 
     async def retained(self, tenant_id: TenantId, topics: Sequence[str]) -> list[Retained]:
-        """The messages of these topics that there are."""
-        raise NotImplementedError
+        """The retained messages of these topics that there are, by topic. Raises Unavailable."""
+        async with self._database.connection() as connection:
+            return await storage.retained(connection, tenant_id, topics, self._clock())
 
     async def forget_retained(self, tenant_id: TenantId, topics: Sequence[str]) -> int:
-        """Remove, as when the grant is gone; how many went."""
-        raise NotImplementedError
+        """Remove retained messages, as when a grant is gone; how many there were. Raises Unavailable."""
+        if not topics:
+            return 0
+        async with self._database.transaction() as connection:
+            return await storage.remove_retained(connection, [(tenant_id, topic) for topic in sorted(set(topics))])
+
+    async def retained_of_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> list[tuple[DeviceId, str]]:
+        """Publisher and topic of what devices of a profile have retained: judge them when its grants change."""
+        async with self._database.connection() as connection:
+            return await storage.retained_of_profile(connection, tenant_id, profile_id)
+
+    # Offline state, when grants change ----------------------------------------------------------------------------
+
+    async def offline_of_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> list[SessionRoute]:
+        """Subscriptions of sessions that nobody serves, of devices of a profile. Raises Unavailable."""
+        async with self._database.connection() as connection:
+            return await messaging_routes.offline_of_profile(connection, tenant_id, profile_id)
+
+    async def offline_topics(self, session_id: StoredSessionId) -> list[str]:
+        """Topics of the messages that wait in a session's queue and were never sent. Raises Unavailable."""
+        async with self._database.connection() as connection:
+            return await storage.queued_topics(connection, session_id)
+
+    async def withdraw(self, session_id: StoredSessionId, *, filters: Sequence[str], topics: Sequence[str]) -> None:
+        """Take subscriptions and waiting messages from a session that nobody serves; one that somebody serves by now
+        is left to him, who judges what he takes. Raises Unavailable."""
+        async with self._database.transaction() as connection:
+            held = (await messaging_sessions.lock(connection, [session_id])).get(session_id)
+            if held is None or held.node_id is not None:
+                return
+            if filters:
+                tenant_id = held.key.tenant_id
+                versions = await messaging_routes.raise_versions(connection, [tenant_id])
+                gone = [(tenant_id, session_id, text) for text in filters]
+                await messaging_routes.remove_filters(connection, versions, gone)
+            if topics:
+                rows = await storage.rows_of_topics(connection, session_id, topics)
+                await messaging_sessions.remove_rows(connection, rows)
+        if filters:
+            self._hint_all()
+
+    # The feed's follower ------------------------------------------------------------------------------------------
+
+    async def follow(self, seen: Seen) -> None:
+        """Drop what a revocation ended; tell the router of devices that changed."""
+        event = seen.event
+        if event.device_id is None:
+            return
+        if event.kind in (EventKind.CREDENTIAL_REVOKED, EventKind.DEVICE_DEACTIVATED, EventKind.DEVICE_DELETED):
+            self._dropped.add(event.device_id)
+            self._spawn(self._drop(), "messaging drop")
+        if event.kind in (EventKind.DEVICE_UPDATED, EventKind.DEVICE_DELETED):
+            self.grants.forget_device(event.device_id)
+            self._router.device_changed(event.tenant_id, event.device_id)
+
+    async def restored(self) -> None:
+        """The feed was away; the grants are read again."""
+        self.grants.forget_all()
+
+    async def _drop(self) -> None:
+        devices, self._dropped = self._dropped, set()
+        if not devices:
+            return
+        try:
+            await self._sessions.drop_forfeited(devices)
+        except Unavailable:
+            pass  # the sweep comes, and whoever takes one of these sessions looks as well
+
+    # Hints --------------------------------------------------------------------------------------------------------
+
+    def _hint_all(self) -> None:
+        self._notify_soon({_EVERY_NODE})
+
+    def _hint(self, nodes: set[NodeId]) -> None:
+        if self.node_id in nodes:
+            self._inbox.wake()
+        self._notify_soon({node for node in nodes if node != self.node_id})
+
+    def _notify_soon(self, names: set[str]) -> None:
+        if not names:
+            return
+        before, self._hinted = self._hinted, self._hinted | names
+        if not before:
+            self._spawn(self._notify(), "messaging hint")
+
+    async def _notify(self) -> None:
+        await asyncio.sleep(_HINT_SECONDS)
+        names, self._hinted = sorted(self._hinted), set()
+        payload = json.dumps([str(self._incarnation), *names])
+        if len(payload) > _PAYLOAD_BYTES:
+            payload = json.dumps([str(self._incarnation), _EVERY_NODE])
+        try:
+            async with self._database.connection() as connection:
+                await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
+        except Unavailable:
+            log.info("messaging.hint_lost", extra={"fields": {"node": self.node_id}})
+
+    def _on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        try:
+            sender, *names = json.loads(str(payload))
+        except ValueError:
+            return
+        if sender != str(self._incarnation) and (self.node_id in names or _EVERY_NODE in names):
+            self._inbox.wake()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                connection = await self._database.dedicated()
+            except Unavailable:
+                await asyncio.sleep(1.0)
+                continue
+            closed = asyncio.Event()
+            try:
+                connection.add_termination_listener(lambda *_, closed=closed: closed.set())
+                await connection.add_listener(CHANNEL, self._on_notify)
+                self._inbox.wake()
+                await closed.wait()
+            except Exception as error:
+                if not is_away(error):
+                    raise
+            finally:
+                connection.terminate()
+            await asyncio.sleep(0.1)
+
+    # Loops --------------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self._inbox.pull()
+                async with self._database.connection() as connection:
+                    await self._routes.refresh(connection, self._routes.followed())
+            except Unavailable:
+                await asyncio.sleep(0.2)
+            await self._inbox.wait()
+
+    async def _keep_up(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_beat = next_upkeep = loop.time()
+        while True:
+            try:
+                if loop.time() >= next_beat:
+                    next_beat = loop.time() + BEAT_SECONDS
+                    await self._beat()
+                await self.tick()
+                if loop.time() >= next_upkeep:
+                    next_upkeep = loop.time() + _UPKEEP_SECONDS
+                    await self.prune()
+            except Unavailable:
+                pass  # the next turn tries again
+            await asyncio.sleep(0.5)
+
+    async def tick(self) -> None:
+        """What the clock asks for often: expired sessions, due wills, changed grants. Raises Unavailable."""
+        await self._sessions.expire()
+        await self._publish_wills()
+        for tenant_id, profile_id in await self.grants.refresh():
+            self._router.grants_changed(tenant_id, profile_id)
+
+    async def prune(self) -> None:
+        """What it asks for rarely: what expired or lost its last user, missed revocations. Raises Unavailable."""
+        await self._sessions.drop_forfeited()
+        now = self._clock()
+        while True:
+            async with self._database.transaction() as connection:
+                rows = await storage.expired_rows(connection, now, _CHUNK)
+                if rows:
+                    held = await messaging_sessions.lock(connection, {session_id for session_id, _ in rows})
+                    # An owner may have taken charge before the rows were held.
+                    still = await storage.expired_rows(connection, now, _CHUNK)
+                    await messaging_sessions.remove_rows(connection, [row for row in still if row[0] in held])
+            if len(rows) < _CHUNK:
+                break
+        while True:
+            async with self._database.transaction() as connection:
+                topics = await storage.expired_retained(connection, now, _CHUNK)
+                if topics:
+                    await storage.remove_retained(connection, topics)
+            if len(topics) < _CHUNK:
+                break
+        async with self._database.transaction() as connection:
+            await messaging_routes.sweep(connection, _CHUNK)
+            await messaging_routes.prune(connection, KEEP_REMOVED_SECONDS, 10 * _CHUNK)
+            await storage.prune_evictions(connection, KEEP_REMOVED_SECONDS)
+            self._publishing.tenant_queues = await storage.queued_by_tenant(connection, self._routes.followed())
+        async with self._database.transaction() as connection:
+            self._swept, _ = await storage.sweep_bodies(connection, self._swept, 5 * _CHUNK)
+
+    async def _publish_wills(self) -> None:
+        async with self._database.connection() as connection:
+            due = await _due_wills(connection, self._clock())
+        outcomes = await asyncio.gather(
+            *(self._publishing.publish(publication) for _, publication in due), return_exceptions=True
+        )
+        for (will_id, _), outcome in zip(due, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                if not isinstance(outcome, RegistryError):
+                    raise outcome
+                log.warning("messaging.will_postponed", extra={"fields": {"reason": outcome.code.value}})
+                async with self._database.connection() as connection:
+                    await messaging_sessions.postpone_will(connection, will_id, self._clock() + _WILL_RETRY_SECONDS)
+
+    async def _beat(self) -> None:
+        async with self._database.connection() as connection:
+            alive = await storage.beat(connection, self.node_id, self._incarnation)
+        if not alive:
+            await self._rejoin()
+        async with self._database.connection() as connection:
+            dead = await storage.unlisted_owners(connection)
+            dead += await storage.take_dead(connection, DEAD_SECONDS)
+        for node_id in dead:
+            log.warning("messaging.node_dead", extra={"fields": {"node": node_id}})
+            await self._clear_up_after(node_id)
+
+    async def _rejoin(self) -> None:
+        """Others took this node for dead, and gave its sessions away."""
+        log.warning("messaging.struck_off", extra={"fields": {"node": self.node_id}})
+        await self._clear_up_after(self.node_id)
+        await self._join()
+        await self._routes.write_again()
+        self._inbox.wake()  # for the evictions
+
+    async def _clear_up_after(self, node_id: NodeId) -> None:
+        """Let go of everything that a process of this node held. Raises Unavailable; then it is done again later."""
+        while True:
+            async with self._database.transaction() as connection:
+                if await storage.hold_node(connection, node_id) and node_id != self.node_id:
+                    return  # it is back, and has cleared up itself
+                if await self._sessions.orphan(connection, node_id):
+                    continue
+                await messaging_routes.remove_node(connection, node_id)
+                await storage.remove_node(connection, node_id)
+            break
+        self._hint_all()
+
+    async def _join(self) -> None:
+        async with self._database.transaction() as connection:
+            await storage.hold_node(connection, self.node_id)
+            await storage.join(connection, self.node_id, self._incarnation)
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _due_wills(connection: Any, now: float) -> list[tuple[int, Publication]]:
+    """Due wills as publications, their message's expiry beginning now."""
+    return [
+        (
+            row["will_id"],
+            Publication(
+                row["tenant_id"],
+                row["device_id"],
+                Message(
+                    row["topic"],
+                    row["payload"],
+                    row["qos"],
+                    row["retain"],
+                    row["properties"],
+                    None if row["expires_after"] is None else now + row["expires_after"],
+                ),
+                PendingWill(row["will_id"]),
+            ),
+        )
+        for row in await messaging_sessions.due_wills(connection, now, _WILLS)
+    ]

@@ -176,7 +176,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class StoredSubscription:
-    """A granted subscription. `qos` is the granted one; `retain_handling` is 0, 1 or 2; `filter` may be a shared one."""
+    """A granted subscription. `qos` is the granted one; `retain_handling` 0, 1 or 2; `filter` may be a shared one."""
 
     filter: str
     qos: int
@@ -343,7 +343,8 @@ class Router(Protocol):
         """A relayed message for sessions of this node. Called once for each, in the order of one sender."""
 
     def evicted(self, ownership: Ownership) -> None:
-        """The session was taken over elsewhere or dropped: close its connection, write nothing more for it."""
+        """The session was taken over elsewhere, dropped, or its memory may differ from the store: close its connection
+        at once and publish no will from memory. `release` it as after any loss; `SessionLost` is then no surprise."""
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         """The topic grants of a profile are other ones now: judge live sessions again, then offline and retained."""

@@ -1,0 +1,146 @@
+"""What other nodes have for this one: relayed messages, queue rows that wait for their owner here, and evictions.
+
+    another node commits ── NOTIFY (a hint) ──► wake ──► pull until nothing is left ──► wait for a hint, or a second
+                                                           │
+        relay row ──► router.arrived ──► row deleted       │  what is in the tables is the truth: a lost hint delays
+        queue row ──► router.reserve ──► packet id stored ──► router.queued
+        eviction  ──► router.evicted                       │
+
+Nothing is followed by a cursor here: a row waits until it is taken, so none can be skipped by committing late.
+
+A relay row is handed over before it is deleted; if the deletion fails its number is remembered and it is not handed
+over twice. Its receivers live in this process and die with it. A queue row gets the packet id that the owner reserved
+in a transaction, and is sent only after that is committed: a restart repeats the same id.
+
+A session that has no room (or has just been taken and is not known to the router yet) holds its messages back: its
+rows are passed over until its queue gets shorter or the next second comes, and later messages queue behind them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+from asyncpg import Record
+
+from registry.messaging_values import Arrival, OutcomeOpen, Ownership, Router, StoredSessionId
+from registry.model import NodeId
+from registry.storage import messaging as storage
+from registry.storage import messaging_sessions as sessions
+from registry.storage.commits import certain_transaction
+from registry.storage.database import Database
+from registry.storage.messaging_sessions import message_of, queued_of
+
+POLL_SECONDS = 1.0
+"""Without any hint the tables are looked at this often: the most that a lost NOTIFY delays a message."""
+_SLICE = 500
+
+
+class MessageInbox:
+    """Takes what is for this node."""
+
+    def __init__(self, database: Database, node_id: NodeId, router: Router) -> None:
+        self._database = database
+        self._node_id = node_id
+        self._router = router
+        self._wake = asyncio.Event()
+        self._held_back: set[StoredSessionId] = set()
+        self._undeleted: set[int] = set()
+
+    def wake(self) -> None:
+        """Look soon."""
+        self._wake.set()
+
+    def held_back(self, session_id: StoredSessionId) -> bool:
+        """Whether rows of this session wait for room, so that nothing may overtake them."""
+        return session_id in self._held_back
+
+    def freed(self, session_ids: set[StoredSessionId]) -> None:
+        """The queues of these sessions have become shorter."""
+        if not self._held_back.isdisjoint(session_ids):
+            self._held_back -= session_ids
+            self._wake.set()
+
+    async def wait(self) -> None:
+        """Until somebody wakes us, or the poll is due; then what was held back is tried again."""
+        try:
+            async with asyncio.timeout(POLL_SECONDS):
+                await self._wake.wait()
+        except TimeoutError:
+            self._held_back.clear()
+        self._wake.clear()
+
+    async def pull(self) -> None:
+        """Take everything that there is now. Raises Unavailable."""
+        while True:
+            async with self._database.connection() as connection:
+                evicted = await sessions.take_evictions(connection, self._node_id)
+                relayed = await storage.relays(connection, self._node_id, self._undeleted, _SLICE)
+                rows = await storage.waiting(connection, self._node_id, self._held_back, _SLICE)
+            for ownership in evicted:
+                self._router.evicted(ownership)
+            if relayed or self._undeleted:
+                await self._hand_over(relayed)
+            if rows:
+                await self._take_charge(rows)
+            if len(relayed) < _SLICE and len(rows) < _SLICE:
+                return
+
+    async def _hand_over(self, rows: Sequence[Record]) -> None:
+        for row in rows:
+            self._undeleted.add(row["relay_id"])
+            self._router.arrived(
+                Arrival(
+                    row["tenant_id"],
+                    row["device_id"],
+                    message_of(row),
+                    row["direct"],
+                    tuple(msgspec.json.decode(row["shared"], type=list[str])),
+                )
+            )
+        done = set(self._undeleted)
+        async with self._database.transaction() as connection:
+            await storage.remove_relays(connection, self._node_id, done)
+        self._undeleted -= done
+
+    async def _take_charge(self, rows: Sequence[Record]) -> None:
+        reserved: list[tuple[Record, Ownership, int]] = []
+        for row in rows:
+            if row["session_id"] in self._held_back:
+                continue  # an earlier one of this session found no room
+            ownership = Ownership(row["session_id"], row["epoch"])
+            packet_id = self._router.reserve(ownership, row["size"])
+            if packet_id is None:
+                self._held_back.add(row["session_id"])
+                continue
+            reserved.append((row, ownership, packet_id))
+        if not reserved:
+            return
+        try:
+            taken = await self._record(reserved)
+        except OutcomeOpen:
+            for ownership in {ownership for _, ownership, _ in reserved}:
+                self._router.evicted(ownership)  # whoever takes the session next finds what was stored
+            raise
+        except BaseException:
+            for _, ownership, packet_id in reserved:
+                self._router.unreserve(ownership, packet_id)
+            raise
+        for row, ownership, packet_id in reserved:
+            if (row["session_id"], row["ordinal"]) in taken:
+                self._router.queued(ownership, queued_of(row, packet_id))
+            else:
+                self._router.unreserve(ownership, packet_id)
+
+    async def _record(self, reserved: Sequence[tuple[Record, Ownership, int]]) -> set[tuple[StoredSessionId, int]]:
+        async with certain_transaction(self._database) as connection:
+            held = await sessions.lock(connection, {ownership.session_id for _, ownership, _ in reserved})
+            mine = [
+                (ownership.session_id, row["ordinal"], packet_id)
+                for row, ownership, packet_id in reserved
+                if (session := held.get(ownership.session_id)) is not None
+                and session.epoch == ownership.epoch
+                and session.node_id == self._node_id
+            ]
+            return await storage.take_charge(connection, mine)

@@ -1,0 +1,369 @@
+"""Publications: routed and stored in groups, acknowledged after the commit.
+
+    publish ──► queue ──► batch, one at a time:
+        read new routes ─► route each ─► hold the receivers' sessions ─► judge each ─► write ─► commit
+                                                                             │
+        committed: the router delivers here, in this order; then the futures │ SessionLost, QueueFull, duplicate,
+        nothing stored: reservations back, again or Unavailable              ▼ forbidden: nothing of this one is stored
+
+Invariants
+- A future that resolves to `Published` means that the message is committed in the queue of every stored session that
+  subscribed before, and on its way to every node with sessions that are not stored: acknowledge it now.
+- All or nothing for each publication: if one receiver has no room, nobody gets it and the sender is told (`QueueFull`,
+  MQTT's 0x97). A receiver that never comes back thus stops a topic until its session expires; the operator sees it.
+- A QoS 2 id is stored in the transaction of its message, and only by the session's present owner: whoever restores
+  the session finds both or none.
+- One batch at a time, so messages of one sender are committed, queued and delivered in their order.
+
+What can race: a session that is taken elsewhere while its message is on the way. Its row is held until the commit, so
+either the taker loads the message, or the message finds the taker as the owner and waits for it. What can be lost: the
+answer to a commit; PostgreSQL is asked for its fate (storage/commits.py), and if it cannot be had in time the outcome
+is open, and said to be (`OutcomeOpen`).
+
+A message that has a packet id here is delivered by `committed`; one without is fetched by its owner (message_inbox.py).
+While a session holds messages back, later ones do not overtake them: they queue behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from registry.batching import Batcher
+from registry.errors import InvalidArgument, ResourceExhausted, Unavailable
+from registry.message_routes import RETRY_PAUSES, MessageRoutes
+from registry.messaging_limits import MessagingLimits
+from registry.messaging_values import (
+    Incoming,
+    Message,
+    OutcomeOpen,
+    Ownership,
+    PendingWill,
+    Placement,
+    Publication,
+    Published,
+    QueueFull,
+    Recipient,
+    Router,
+    Routing,
+    SessionLost,
+    StoredSessionId,
+)
+from registry.model import NodeId, TenantId
+from registry.storage import messaging as storage
+from registry.storage import messaging_sessions as sessions
+from registry.storage.commits import certain_transaction
+from registry.storage.database import Connection, Database
+from registry.storage.messaging import QueueRow, Retention, RowsRefused, Writes
+from registry.storage.messaging_sessions import Locked
+from registry.storage.uplinks import MAX_BATCH, new_ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """`routing` None: the router is asked. With one given, nothing is retained."""
+
+    publication: Publication
+    routing: Routing | None = None
+
+
+Outcome = Published | BaseException
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a batch holds while it judges; changed by each publication that is accepted."""
+
+    sessions: dict[StoredSessionId, Locked]
+    incoming: set[tuple[StoredSessionId, int]]
+    wills: set[int]
+    retention: dict[TenantId, Retention]
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch under way: routings to give back if it fails, outcomes to give out when it is committed."""
+
+    routings: list[Routing | None] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    writes: Writes = field(default_factory=Writes)
+    touched: set[StoredSessionId] = field(default_factory=set)
+    queued: list[tuple[TenantId, int, int]] = field(default_factory=list)
+
+
+class Publishing:
+    """Stores the publications of this node."""
+
+    def __init__(
+        self,
+        database: Database,
+        node_id: NodeId,
+        router: Router,
+        routes: MessageRoutes,
+        *,
+        clock: Callable[[], float],
+        random: Callable[[int], bytes],
+        limits: MessagingLimits,
+        hint: Callable[[set[NodeId]], None],
+        held_back: Callable[[StoredSessionId], bool],
+        observe: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self._database = database
+        self._node_id = node_id
+        self._router = router
+        self._routes = routes
+        self._clock = clock
+        self._random = random
+        self._limits = limits
+        self._hint = hint
+        self._held_back = held_back
+        self.tenant_queues: dict[TenantId, tuple[int, int]] = {}
+        """Messages and bytes in the queues of each tenant, some seconds old, with what this node has added since."""
+        self.overflowed = 0
+        """Publications refused because a queue had no room, since the start."""
+        self._batcher: Batcher[_Item, Published] = Batcher(
+            "publications",
+            self._process,
+            max_items=min(limits.batch, MAX_BATCH),
+            max_queued=limits.waiting,
+            observe=observe,
+            weigh=lambda item: item.publication.message.size,
+            max_weight=limits.batch_bytes,
+            max_queued_weight=limits.waiting_bytes,
+        )
+
+    @property
+    def queued(self) -> int:
+        """Publications that wait for a batch."""
+        return self._batcher.queued
+
+    async def stop(self) -> None:
+        """Take nothing new and store what is queued."""
+        await self._batcher.stop()
+
+    def publish(self, publication: Publication, routing: Routing | None = None) -> asyncio.Future[Published]:
+        """See `Messaging.publish` and `Messaging.enqueue`. Raises Unavailable at once if the queue is full."""
+        return self._batcher.submit(_Item(publication, routing))
+
+    async def _process(self, items: Sequence[_Item]) -> list[Outcome]:
+        for pause in (*RETRY_PAUSES, None):
+            try:
+                return await self._store(items)
+            except OutcomeOpen as error:
+                return [OutcomeOpen(error.message) for _ in items]
+            except RowsRefused:
+                return await self._store_halves(items)
+            except Unavailable as error:
+                if pause is None:
+                    self._give_back(items)
+                    return [Unavailable(error.message) for _ in items]
+                await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _store_halves(self, items: Sequence[_Item]) -> list[Outcome]:
+        if len(items) == 1:
+            self._give_back(items)
+            return [InvalidArgument("the database cannot store this message as it is")]
+        middle = len(items) // 2
+        return await self._process(items[:middle]) + await self._process(items[middle:])
+
+    def _give_back(self, items: Sequence[_Item]) -> None:
+        """What the caller had reserved for them; what the router reserves goes back after each try."""
+        for item in items:
+            if item.routing is not None:
+                self._router.abandoned(item.publication, item.routing)
+
+    async def _store(self, items: Sequence[_Item]) -> list[Outcome]:
+        batch = _Batch()
+        try:
+            async with certain_transaction(self._database) as connection:
+                tenants = {item.publication.tenant_id for item in items if item.routing is None}
+                await self._routes.refresh(connection, tenants)
+                for item in items:
+                    batch.routings.append(item.routing or self._router.route(item.publication))
+                held = await self._hold(connection, items, batch.routings)
+                ids = new_ids(len(items), int(self._clock() * 1000), self._random)
+                for item, routing, message_id in zip(items, batch.routings, ids, strict=True):
+                    batch.outcomes.append(self._judge(item, routing, message_id, held, batch))
+                if batch.writes.anything:
+                    touched = [held.sessions[session_id] for session_id in sorted(batch.touched)]
+                    await storage.write(connection, batch.writes, touched, held.retention)
+        except OutcomeOpen:
+            self._doubt(batch)
+            raise
+        except BaseException:
+            for item, routing in zip(items, batch.routings, strict=False):
+                if routing is not None and item.routing is None:
+                    self._router.abandoned(item.publication, routing)
+            raise
+        self._finish(items, batch)
+        return batch.outcomes
+
+    def _doubt(self, batch: _Batch) -> None:
+        """Rows may stand with packet ids that were reserved here, so those must not be used for anything else: their
+        sessions are closed, and whoever takes them next finds what was stored."""
+        reserved = {
+            Ownership(r.session_id, r.reserved.epoch)
+            for routing in batch.routings
+            if routing is not None
+            for r in routing.recipients
+            if r.reserved is not None
+        }
+        for ownership in reserved:
+            self._router.evicted(ownership)
+
+    def _finish(self, items: Sequence[_Item], batch: _Batch) -> None:
+        for item, routing, outcome in zip(items, batch.routings, batch.outcomes, strict=True):
+            if isinstance(outcome, Published) and not outcome.duplicate and not outcome.forbidden:
+                self._router.committed(item.publication, outcome)
+            elif routing is not None:
+                self._router.abandoned(item.publication, routing)
+            if isinstance(outcome, QueueFull):
+                self.overflowed += 1
+        for tenant_id, messages, size in batch.queued:
+            before = self.tenant_queues.get(tenant_id, (0, 0))
+            self.tenant_queues[tenant_id] = (before[0] + messages, before[1] + size)
+        waiting = {row.waiting_for for row in batch.writes.rows if row.waiting_for is not None}
+        nodes = waiting | {relay.node_id for _, relay in batch.writes.relays}
+        if nodes:
+            self._hint(nodes)
+
+    async def _hold(self, connection: Connection, items: Sequence[_Item], routings: Sequence[Routing | None]) -> _Held:
+        wanted = {r.session_id for routing in routings if routing is not None for r in routing.recipients}
+        origins = [item.publication.origin for item in items]
+        incoming = [(o.ownership.session_id, o.packet_id) for o in origins if isinstance(o, Incoming)]
+        wanted |= {session_id for session_id, _ in incoming}
+        wills = [o.will_id for o in origins if isinstance(o, PendingWill)]
+        topics = {
+            (item.publication.tenant_id, item.publication.message.topic)
+            for item, routing in zip(items, routings, strict=True)
+            if item.routing is None and item.publication.message.retain and routing is not None
+        }
+        return _Held(
+            sessions=await sessions.lock(connection, wanted) if wanted else {},
+            incoming=await storage.known_incoming(connection, incoming) if incoming else set(),
+            wills=await storage.pending_wills(connection, wills) if wills else set(),
+            retention=await storage.lock_retention(connection, topics) if topics else {},
+        )
+
+    def _judge(self, item: _Item, routing: Routing | None, message_id: UUID, held: _Held, batch: _Batch) -> Outcome:
+        """Accept a publication into the batch, or say why not; then nothing of it is in the batch."""
+        publication, message = item.publication, item.publication.message
+        match publication.origin:
+            case Incoming(ownership, packet_id):
+                sender = held.sessions.get(ownership.session_id)
+                if sender is None or sender.epoch != ownership.epoch or sender.node_id != self._node_id:
+                    return SessionLost()
+                if (ownership.session_id, packet_id) in held.incoming:
+                    return Published(routing or Routing(), duplicate=True)
+            case PendingWill(will_id):
+                if will_id not in held.wills:
+                    return Published(routing or Routing(), duplicate=True)
+            case None:
+                pass
+        if routing is None:
+            if isinstance(publication.origin, PendingWill):
+                batch.writes.wills.append(publication.origin.will_id)
+            return Published(Routing(), forbidden=True)
+        found = [(r, held.sessions.get(r.session_id)) for r in routing.recipients]
+        living = [(r, s) for r, s in found if s is not None and s.key.tenant_id == publication.tenant_id]
+        living_ids = {s.session_id for _, s in living}
+        refusal = self._no_room(publication, living) or self._no_retention(item, held)
+        if refusal is not None:
+            return refusal
+        self._retain(item, held, batch)
+        match publication.origin:
+            case Incoming(ownership, packet_id):
+                held.incoming.add((ownership.session_id, packet_id))
+                batch.writes.incoming.append((ownership.session_id, packet_id))
+            case PendingWill(will_id):
+                held.wills.discard(will_id)
+                batch.writes.wills.append(will_id)
+            case None:
+                pass
+        placements = tuple(self._place(r, s, message_id, message, batch) for r, s in living)
+        relays = [relay for relay in routing.relays if relay.node_id != self._node_id]
+        if living or relays:
+            batch.writes.bodies.append((message_id, publication.tenant_id, publication.device_id, message))
+            batch.writes.relays += [(message_id, relay) for relay in relays]
+        if living:
+            batch.queued.append((publication.tenant_id, len(living), len(living) * message.size))
+        gone = tuple(r.session_id for r, _ in found if r.session_id not in living_ids)
+        return Published(routing, placements, gone)
+
+    def _place(
+        self, recipient: Recipient, session: Locked, message_id: UUID, message: Message, batch: _Batch
+    ) -> Placement:
+        session.last_ordinal += 1
+        session.queued_messages += 1
+        session.queued_bytes += message.size
+        batch.touched.add(session.session_id)
+        reserved = recipient.reserved
+        usable = (
+            reserved is not None
+            and session.node_id == self._node_id
+            and session.epoch == reserved.epoch
+            and not self._held_back(session.session_id)
+        )
+        packet_id = reserved.packet_id if reserved is not None and usable else None
+        batch.writes.rows.append(
+            QueueRow(
+                session_id=session.session_id,
+                ordinal=session.last_ordinal,
+                message_id=message_id,
+                qos=recipient.qos,
+                retain=recipient.retain,
+                identifiers=recipient.subscription_identifiers,
+                size=message.size,
+                packet_id=packet_id,
+                waiting_for=session.node_id if packet_id is None else None,
+            )
+        )
+        return Placement(session.session_id, session.last_ordinal, packet_id)
+
+    def _no_room(
+        self, publication: Publication, living: Sequence[tuple[Recipient, Locked]]
+    ) -> ResourceExhausted | None:
+        limits, size = self._limits, publication.message.size
+        for _, session in living:
+            if session.queued_messages >= limits.queued_messages:
+                return QueueFull(f"a subscriber's queue has its {limits.queued_messages} messages", retry_after=5.0)
+            if session.queued_bytes + size > limits.queued_bytes:
+                return QueueFull(f"a subscriber's queue has its {limits.queued_bytes} bytes", retry_after=5.0)
+        if not living:
+            return None
+        messages, held = self.tenant_queues.get(publication.tenant_id, (0, 0))
+        if messages + len(living) > limits.tenant_messages or held + len(living) * size > limits.tenant_bytes:
+            return QueueFull("the tenant's queues are full", retry_after=5.0)
+        return None
+
+    def _no_retention(self, item: _Item, held: _Held) -> ResourceExhausted | None:
+        message = item.publication.message
+        if item.routing is not None or not message.retain or not message.payload:
+            return None
+        retention = held.retention[item.publication.tenant_id]
+        before = retention.sizes.get(message.topic)
+        if before is None and retention.messages >= self._limits.retained_messages:
+            return QueueFull(f"the tenant has its {self._limits.retained_messages} retained messages")
+        if retention.bytes - (before or 0) + message.size > self._limits.retained_bytes:
+            return QueueFull(f"the tenant has its {self._limits.retained_bytes} bytes of retained messages")
+        return None
+
+    def _retain(self, item: _Item, held: _Held, batch: _Batch) -> None:
+        publication, message = item.publication, item.publication.message
+        if item.routing is not None or not message.retain:
+            return
+        retention = held.retention[publication.tenant_id]
+        before = retention.sizes.pop(message.topic, None)
+        if before is not None:
+            retention.messages -= 1
+            retention.bytes -= before
+        if message.payload:
+            retention.sizes[message.topic] = message.size
+            retention.messages += 1
+            retention.bytes += message.size
+        batch.writes.retained[publication.tenant_id, message.topic] = (
+            (publication.device_id, message) if message.payload else None
+        )

@@ -1,0 +1,188 @@
+"""Stored sessions: who serves them, what they are when somebody takes them, and how they end.
+
+                 take                                        release
+    (none) ───────────────► served by a node, epoch n ─────────────────────► waiting, expires_at runs
+                                │        ▲        │ node dies: orphaned ─────────►│
+                                │ take elsewhere: epoch n+1                       │ take: epoch n+1
+                                └────────┘ the loser is evicted                   │ expired, clean start, end
+                                                                                  ▼
+                                     revoked, device inactive or deleted ─────► (none)
+
+Invariants
+- All that a client was promised is in the store before it is promised, so a session may be taken from its owner at any
+  time without asking: the epoch fences the loser off, and what he had not written, nobody was told.
+- A session that does not outlive its connection is not stored, unless it was and is resumed so.
+- Wills stand beside the sessions. One is armed while its connection lives, due when that is lost without a goodbye
+  and the delay has passed, or the session has ended; then it is published once (publishing.py). The client's return
+  before that drops it.
+- Whether a revocation concerns a session is asked of the credential that opened it, when the revocation is followed,
+  when the session is taken, and by a sweep: a lost event may delay the dropping, never cancel it. The end of a
+  credential by rotation drops nothing.
+
+What can race: two takers (the row decides, the later one wins), a taking with a publication (either the row is loaded,
+or it finds the new owner), a revocation with a taking with a fresh credential (the session then has that one). What
+can be lost with a crash: a will of a session that is not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from registry.errors import ResourceExhausted
+from registry.messaging_limits import MessagingLimits
+from registry.messaging_values import Opening, Ownership, SessionLost, StoredSessionId, Taken
+from registry.model import DeviceId, NodeId
+from registry.storage import messaging_sessions as storage
+from registry.storage.commits import certain_transaction
+from registry.storage.database import Connection, Database
+
+_CHUNK = 500
+"""Sessions in one transaction of upkeep: some tens of milliseconds."""
+
+
+class StoredSessions:
+    """The stored sessions, as one node handles them."""
+
+    def __init__(
+        self,
+        database: Database,
+        node_id: NodeId,
+        *,
+        clock: Callable[[], float],
+        limits: MessagingLimits,
+        hint: Callable[[set[NodeId]], None],
+        hint_all: Callable[[], None],
+    ) -> None:
+        self._database = database
+        self._node_id = node_id
+        self._clock = clock
+        self._limits = limits
+        self._hint = hint
+        self._hint_all = hint_all
+
+    async def take(self, opening: Opening) -> Taken:
+        """See `Messaging.take`."""
+        while True:
+            evicted: set[NodeId] = set()
+            async with certain_transaction(self._database) as connection:
+                taken, routed = await self._take(connection, opening, evicted)
+            self._hint(evicted)
+            if routed:
+                self._hint_all()
+            if taken is not None:
+                return taken
+
+    async def _take(self, connection: Connection, opening: Opening, evicted: set[NodeId]) -> tuple[Taken | None, bool]:
+        """What was taken (None: another one was faster with a new session, try again), and whether routes changed."""
+        now = self._clock()
+        place = await storage.find(connection, opening.key)
+        if place is not None and place.node_id is not None and place.node_id != self._node_id:
+            await storage.evict(connection, place.node_id, Ownership(place.session_id, place.epoch))
+            evicted.add(place.node_id)
+        routed = False
+        if place is not None:
+            over = place.expires_at is not None and place.expires_at <= now
+            if not (opening.clean or over or place.forfeited):
+                return await self._resume(connection, place.session_id, opening, now), False
+            if place.forfeited:
+                await storage.drop_wills(connection, [place.session_id])
+            else:
+                await storage.finish_wills(connection, [place.session_id], now)
+            routed = await storage.remove(connection, {place.session_id: opening.key.tenant_id})
+        if opening.expiry <= 0:
+            return Taken(None, None), routed
+        stored = await storage.count(connection, opening.key.tenant_id, opening.key.device_id)
+        if stored >= self._limits.sessions_per_device:
+            raise ResourceExhausted(f"the device has its {self._limits.sessions_per_device} stored sessions")
+        session_id = await storage.insert(connection, opening, self._node_id)
+        if session_id is None:
+            return None, routed
+        if opening.will is not None:
+            await storage.arm_will(connection, session_id, opening.key, opening.will)
+        return Taken(Ownership(session_id, 1), None), routed
+
+    async def _resume(self, connection: Connection, session_id: StoredSessionId, opening: Opening, now: float) -> Taken:
+        await storage.resume_without_will(connection, session_id, now)
+        epoch = await storage.seize(connection, session_id, opening, self._node_id)
+        if opening.will is not None:
+            await storage.arm_will(connection, session_id, opening.key, opening.will)
+        resumed = await storage.load(connection, session_id, opening.expiry, now)
+        return Taken(Ownership(session_id, epoch), resumed)
+
+    async def release(
+        self, ownership: Ownership, *, publish_will: bool, expiry: float | None, unsent: Sequence[int]
+    ) -> None:
+        """See `Messaging.release`. May be repeated."""
+        routed = False
+        async with certain_transaction(self._database) as connection:
+            session = (await storage.lock(connection, [ownership.session_id])).get(ownership.session_id)
+            if session is None or session.epoch != ownership.epoch:
+                raise SessionLost
+            if session.node_id is None:
+                return
+            now = self._clock()
+            outlives = session.expiry if expiry is None else expiry
+            if publish_will:
+                await storage.trigger_will(connection, session.session_id, now, outlives)
+            else:
+                await storage.drop_wills(connection, [session.session_id])
+            if outlives > 0:
+                await storage.let_go(connection, session.session_id, outlives, now, unsent)
+            else:
+                await storage.finish_wills(connection, [session.session_id], now)
+                routed = await storage.remove(connection, {session.session_id: session.key.tenant_id})
+        if routed:
+            self._hint_all()
+
+    async def end(self, ownership: Ownership, *, publish_will: bool) -> None:
+        """See `Messaging.end`. May be repeated."""
+        async with certain_transaction(self._database) as connection:
+            session = (await storage.lock(connection, [ownership.session_id])).get(ownership.session_id)
+            if session is None:
+                return
+            if session.epoch != ownership.epoch:
+                raise SessionLost
+            if publish_will:
+                await storage.finish_wills(connection, [session.session_id], self._clock())
+            else:
+                await storage.drop_wills(connection, [session.session_id])
+            routed = await storage.remove(connection, {session.session_id: session.key.tenant_id})
+        if routed:
+            self._hint_all()
+
+    async def drop_forfeited(self, devices: Collection[DeviceId] | None = None) -> int:
+        """Drop what revocations ended, of these devices or of all: no will is published. How many sessions."""
+        total = 0
+        while True:
+            async with certain_transaction(self._database) as connection:
+                doomed = await storage.forfeited(connection, devices, _CHUNK)
+                ids = {session_id: tenant_id for session_id, tenant_id, _, _ in doomed}
+                await storage.drop_wills(connection, list(ids))
+                for session_id, _, node_id, epoch in doomed:
+                    if node_id is not None:
+                        await storage.evict(connection, node_id, Ownership(session_id, epoch))
+                await storage.remove(connection, ids)
+            total += len(doomed)
+            if doomed:
+                self._hint_all()
+            if len(doomed) < _CHUNK:
+                return total
+
+    async def expire(self) -> int:
+        """End the sessions whose time is over, their wills are due with them; how many."""
+        total = 0
+        while True:
+            async with certain_transaction(self._database) as connection:
+                now = self._clock()
+                over = await storage.expired(connection, now, _CHUNK)
+                await storage.finish_wills(connection, list(over), now)
+                await storage.remove(connection, over)
+            total += len(over)
+            if over:
+                self._hint_all()
+            if len(over) < _CHUNK:
+                return total
+
+    async def orphan(self, connection: Connection, node_id: NodeId) -> int:
+        """In the caller's transaction: a chunk of the sessions of a node that died; fewer than asked is the last."""
+        return await storage.orphan(connection, node_id, self._clock(), _CHUNK)

@@ -1,7 +1,7 @@
 """A running node: what starts in which order, what readiness means, and how it leaves.
 
     start   PostgreSQL (embedded) → migrations → key ring → shared trust → services → feed (node lock) → node joins
-            → TLS credentials → HTTPS → ops port → ready line
+            → TLS credentials → ops port → MQTT → HTTPS → ready line
     ready   database answers lately, feed is trusted, listeners listen, not draining
     stop    not ready → listeners drain → queued uplinks commit → sessions end → loops stop → node leaves → database
 
@@ -146,9 +146,16 @@ class Server:
         )
         await enter(self._running_core(core))
         certificate = ServerCertificate(config, trust, core.registry.certificates, utc_now)
-        certificate.write_chain(config.data_dir / CHAIN_FILE)
+        chain = config.data_dir / CHAIN_FILE
+        certificate.write_chain(chain)
         ops = await enter(self._ops_listener())  # before the others, so that it outlives them and tells of the drain
-        ports = {"https": await enter(self._https_listener(core, certificate)), "ops": ops}
+        credentials = await certificate.load()
+        https_context = _tls_context(credentials, "http/1.1", "gatehouse https")
+        mqtt_context = _tls_context(credentials, "mqtt", "gatehouse mqtt")
+        mqtt = await enter(self._mqtt_listener(core, mqtt_context))
+        https = await enter(self._https_listener(core, https_context, mqtt))
+        self._supervisor.keep("certificate", lambda: _renew(certificate, (https_context, mqtt_context), chain))
+        ports = {"https": https, "mqtt": mqtt, "ops": ops}
         log.info("node.ready", extra={"fields": {"node": config.node.id, "ports": ports}})
         return ports
 
@@ -224,12 +231,28 @@ class Server:
             await registry.feed.close()
 
     @asynccontextmanager
-    async def _https_listener(self, core: Core, certificate: ServerCertificate) -> AsyncIterator[int]:
+    async def _mqtt_listener(self, core: Core, context: TlsContext) -> AsyncIterator[int]:
+        config = self._config
+        provisioning = Provisioning(
+            core.registry,
+            lambda: Endpoint(public_host(config, config.mqtt.host), port),
+            lambda: Endpoint(public_host(config, config.coap.host), config.coap.port),
+        )
+        self._mqtt = server = MqttServer(
+            core.registry, provisioning, context, limits=_mqtt_limits(config), tls_limits=_tls_limits(config)
+        )
+        port = await _listening(server.start(config.mqtt.host, config.mqtt.port), "mqtt")
+        self._watch_mqtt(server)
         try:
-            context = TlsContext(await certificate.load(), alpn=(b"http/1.1",), session_name=b"gatehouse https")
-        except ValueError as error:
-            raise StartError(f"https.certificate: {error}") from None
-        app = create_app(core.registry, _api_settings(self._config), self._metrics)
+            yield port
+        finally:
+            self._draining = True
+            core.registry.sessions.drain()
+            await self._polite(server.drain)
+
+    @asynccontextmanager
+    async def _https_listener(self, core: Core, context: TlsContext, mqtt_port: int) -> AsyncIterator[int]:
+        app = create_app(core.registry, _api_settings(self._config, mqtt_port), self._metrics)
         self._https = server = HttpsServer(
             app.asgi,
             context,
@@ -239,12 +262,12 @@ class Server:
         )
         self._watch_https(core, app, server)
         port = await _listening("https", self._config.https, server.start)
-        self._supervisor.keep("certificate", lambda: _renew(certificate, context, self._config.data_dir / CHAIN_FILE))
         try:
             yield port
         finally:
             self._draining = True
             core.registry.sessions.drain()
+            core.registry.commands.drain()
             app.service.streams.end()
             await self._drain(server)
 

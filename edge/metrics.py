@@ -12,13 +12,17 @@ Names are `gatehouse_*` in base units (seconds, bytes); counters end in `_total`
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
 from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from registry.model import Transport
 from registry.observation import AuthOutcome, ClaimOutcome, CloseReason, Limit, UplinkOutcome
@@ -40,8 +44,6 @@ class Metrics:
 
     def __init__(self, *, version: str = "") -> None:
         self._registry = registry = CollectorRegistry()
-        self._routes: set[str] = set()
-        self._answered: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ProcessCollector(registry=registry)
         Gauge("gatehouse_build_info", "1, for the version that runs", ["version"], registry=registry).labels(
             version
@@ -68,20 +70,11 @@ class Metrics:
         self._claims = Counter(
             "gatehouse_claims", "Provisioning attempts by outcome", ["transport", "outcome"], registry=registry
         )
-        self._requests = Counter(
-            "gatehouse_http_requests", "HTTP requests answered", ["route", "method", "status"], registry=registry
-        )
-        self._request_seconds = Histogram(
-            "gatehouse_http_request_seconds",
-            "From a request's last header to its answer's last byte",
-            ["route", "method"],
-            buckets=LATENCY,
-            registry=registry,
-        )
+        self._answers = _Answers()
         self._limits = _Tally("gatehouse_limits_hit", "Limits that somebody ran into", ("limit",))
         self._restarts = _Tally("gatehouse_postgres_restarts", "Restarts of the embedded PostgreSQL after a crash", ())
         self._loops = _Tally("gatehouse_loop_restarts", "Loops of this process that failed and were started again", ())
-        for tally in (self._uplinks, self._limits, self._restarts, self._loops):
+        for tally in (self._uplinks, self._limits, self._restarts, self._loops, self._answers):
             registry.register(tally)
         self._restarts.add((), 0)
         self._loops.add((), 0)
@@ -123,21 +116,7 @@ class Metrics:
 
     def http_answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one HTTP answer. `route` is the template (`/api/v1/devices/{device_id}`), never the path; or empty."""
-        series = self._answered.get((route, method, status))
-        if series is None:
-            series = self._answered_series(route, method, status)
-        requests, request_seconds = series
-        requests.inc()
-        request_seconds.observe(seconds)
-
-    def _answered_series(self, route: str, method: str, status: int) -> tuple[Counter, Histogram]:
-        known = self._route(route)
-        verb = method if method in METHODS else "other"
-        label = str(status) if 100 <= status <= 599 else "other"
-        series = self._requests.labels(known, verb, label), self._request_seconds.labels(known, verb)
-        if (known, verb, label) == (route, method, str(status)):  # nobody's own words: as few as the labels
-            self._answered[route, method, status] = series
-        return series
+        self._answers.add(route, method, status, seconds)
 
     def limit_hit(self, limit: Limit) -> None:
         """Count somebody running into a limit."""
@@ -218,20 +197,23 @@ class Metrics:
 
         self._registry.register(_Read(collect))
 
+    def watch_mqtt(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """Show what the MQTT server counts: refusals, takeovers, time-outs and alike, by the counters' names."""
+
+        def collect() -> Iterable[Metric]:
+            family = CounterMetricFamily("gatehouse_mqtt", "What happened to MQTT connections", labels=["what"])
+            for what, count in read().items():
+                family.add_metric([what], count)
+            yield family
+
+        self._registry.register(_Read(collect))
+
     def render(self) -> bytes:
         """The page in the Prometheus text format, version 0.0.4 (`CONTENT_TYPE`)."""
         return generate_latest(self._registry)
 
     def _gauge(self, name: str, documentation: str) -> Gauge:
         return Gauge(name, documentation, registry=self._registry)
-
-    def _route(self, route: str) -> str:
-        if route in self._routes:
-            return route
-        if not route or len(self._routes) >= MAX_ROUTES:
-            return "other"
-        self._routes.add(route)
-        return route
 
 
 class _Read(Collector):
@@ -280,3 +262,74 @@ class _Tally(Collector):
     def describe(self) -> Iterable[Metric]:
         """Nothing: registering must not read yet."""
         return ()
+
+
+class _Answers(Collector):
+    """HTTP answers and their times, by labels. Told of every answer of the node, so telling it is a few additions."""
+
+    def __init__(self) -> None:
+        self._routes: set[str] = set()
+        self._series: dict[tuple[str, str, int], _Series] = {}
+        self._counts: dict[tuple[str, str, str], _Series] = {}
+        self._lock = Lock()
+
+    def add(self, route: str, method: str, status: int, seconds: float) -> None:
+        place = bisect_left(LATENCY, seconds)
+        with self._lock:
+            series = self._series.get((route, method, status)) or self._found(route, method, status)
+            series.seconds += seconds
+            series.buckets[place] += 1
+
+    def _found(self, route: str, method: str, status: int) -> _Series:
+        labels = (
+            self._route(route),
+            method if method in METHODS else "other",
+            str(status) if 100 <= status <= 599 else "other",
+        )
+        series = self._counts.setdefault(labels, _Series())
+        if labels == (route, method, str(status)):  # nobody's own words: as few as the labels
+            self._series[route, method, status] = series
+        return series
+
+    def _route(self, route: str) -> str:
+        if route in self._routes:
+            return route
+        if not route or len(self._routes) >= MAX_ROUTES:
+            return "other"
+        self._routes.add(route)
+        return route
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "gatehouse_http_requests", "HTTP requests answered", labels=["route", "method", "status"]
+        )
+        times = HistogramMetricFamily(
+            "gatehouse_http_request_seconds",
+            "From a request's last header to its answer's last byte",
+            labels=["route", "method"],
+        )
+        sums: dict[tuple[str, str], _Series] = {}
+        with self._lock:
+            for labels, series in self._counts.items():
+                requests.add_metric(labels, sum(series.buckets))
+                total = sums.setdefault(labels[:2], _Series())
+                total.seconds += series.seconds
+                total.buckets = [one + other for one, other in zip(total.buckets, series.buckets, strict=True)]
+        for route_and_method, total in sums.items():
+            reached = [*map(floatToGoString, LATENCY), "+Inf"]
+            times.add_metric(
+                route_and_method, list(zip(reached, accumulate(total.buckets), strict=True)), sum_value=total.seconds
+            )
+        yield from (requests, times)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the families are those of `collect`."""
+        return ()
+
+
+@dataclass(slots=True)
+class _Series:
+    """Answers of one kind: how many took up to each of LATENCY, or longer, and all their seconds."""
+
+    seconds: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(LATENCY) + 1))

@@ -76,7 +76,8 @@ class RateLimiter:
         if known is None:
             debt = self._remaining(self._floor, now)
         else:
-            debt = self._remaining(known, now)
+            tokens, at = known
+            debt = max(0.0, tokens - (now - at) * self._rate)
             self._buckets.move_to_end(key)
         excess = debt + cost - self._burst
         if excess > _SLACK:

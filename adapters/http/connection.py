@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, assert_never, 
 from uuid import uuid4
 
 import httptools
+import msgspec
 
 from adapters.http.answer import CONTINUE, Answer, Code, Refusal, render
 from adapters.http.exchange import Exchange, Scope
@@ -61,8 +62,7 @@ _KNOWN_HEADS: Final = 4  # on a connection: one for each length of a device's bo
 _KNOWN_HEAD_BYTES: Final = 1_024  # a device's head has 300
 
 
-@dataclass(frozen=True, slots=True)
-class Later:
+class Later(msgspec.Struct, frozen=True):
     """An answer that waits for `future`: `answer(future)` makes it, when that is done and not cancelled."""
 
     future: asyncio.Future[Any]
@@ -75,13 +75,11 @@ class HotHandler(Protocol):
     def accepts(self, method: str, path: str) -> bool:
         """Whether `handle` wants requests of this kind (asked when the head is complete)."""
 
-    def handle(
-        self, connection: HttpConnection, method: str, path: str, headers: Headers, body: bytes
-    ) -> Answer | Later | Awaitable[Answer]:
+    def handle(self, connection: HttpConnection, head: Head, body: bytes) -> Answer | Later | Awaitable[Answer]:
         """Answer now, or promise an answer.
 
-        Runs inside the read callback, so it must not block. Header names are lower case. `headers` must not be changed,
-        others may share them. An exception becomes a 500. `Later` costs the least, an awaitable a task.
+        Runs inside the read callback, so it must not block. Header names are lower case. The head may be served again:
+        only its `meaning` may be set. An exception becomes a 500. `Later` costs the least, an awaitable a task.
         """
 
 
@@ -573,7 +571,7 @@ class HttpConnection(asyncio.Protocol):
         hot = self._server.hot
         assert hot is not None
         try:
-            outcome = hot.handle(self, head.method, head.path, head.headers, request.body)
+            outcome = hot.handle(self, head, request.body)
         except Exception as error:  # as at the end of a connection task: one request's failure stays its own
             self._hot_failed(request, error)
             return

@@ -89,7 +89,7 @@ class DeviceSessions:
         self._registry = registry
         self._authentication = authentication
 
-    def repeated(self, connection: Connection, headers: HeaderLines) -> Session | None:
+    def repeated(self, connection: Connection, credentials: HeaderLines) -> Session | None:
         """The open session of the last request, if this one shows the very same credential; cheapest. Marks it as
         active."""
         book = connection.session
@@ -97,12 +97,12 @@ class DeviceSessions:
             return None
         known, session = book.last
         # A credential that differs is not compared in constant time: the connection has shown the known one itself.
-        return self._if_open(session) if _credentials(headers) == known else None
+        return self._if_open(session) if credentials == known else None
 
-    def remember(self, connection: Connection, headers: HeaderLines, session: Session) -> None:
+    def remember(self, connection: Connection, credentials: HeaderLines, session: Session) -> None:
         """Requests that show the same credential are the session's from now on."""
         if isinstance(connection.session, Book):
-            connection.session.last = _credentials(headers), session
+            connection.session.last = credentials, session
 
     def current(self, connection: Connection, digest: bytes) -> Session | None:
         """The open session of a credential on its connection, if there is one; cheap. Marks it as active."""
@@ -205,5 +205,6 @@ class DeviceSessions:
         book.entries = [entry for entry in book.entries if not entry[1].closed]
 
 
-def _credentials(headers: HeaderLines) -> HeaderLines:
+def credential_lines(headers: HeaderLines) -> HeaderLines:
+    """Those that name a credential."""
     return [line for line in headers if line[0] in CREDENTIAL_HEADERS]

@@ -36,11 +36,12 @@ from adapters.http.answer import Answer
 from adapters.http.authentication import Authentication, DeviceEvidence, presented
 from adapters.http.bodies import CBOR, JSON, decode, media_type, uuid_in_path
 from adapters.http.connection import Later
-from adapters.http.device_sessions import Connection, DeviceSessions, HeaderLines
+from adapters.http.device_sessions import Connection, DeviceSessions, HeaderLines, credential_lines
 from adapters.http.errors import answer_of, invalid_value
 from adapters.http.models import Request
 from adapters.http.operations import BASE
-from adapters.http.tracing import COMMON_HEADERS, HEADER, correlation_id_of
+from adapters.http.request import Head
+from adapters.http.tracing import COMMON_HEADERS, HEADER, new_correlation_id, own_correlation_id
 from registry.core import Registry
 from registry.errors import NotFound, RegistryError, Unauthenticated
 from registry.model import Contact, DeviceId, DeviceStatus, Json, Transport
@@ -117,7 +118,21 @@ class IntakeCounters:
     """Of the rejected, those above the limit on one payload."""
 
 
-_Read = Callable[[Source, Headers, bytes], NewUplink]
+_Read = Callable[[Source, bytes, str | None, bytes], NewUplink]
+"""Source, media type, Idempotency-Key and body make an uplink."""
+
+
+class _Asked(msgspec.Struct, frozen=True):
+    """What a head means here, read once for as often as it comes."""
+
+    route: str
+    device_id: str | None
+    """The one in the path; None for telemetry, which is always one's own."""
+    media: bytes | None
+    """None: one that is not served."""
+    key: str | None
+    correlation_id: str | None
+    credentials: HeaderLines
 
 
 class _Trace(NamedTuple):
@@ -159,23 +174,23 @@ class Intake:
             or (len(path) == _UPLINK_LENGTH and path.endswith(_UPLINK_SUFFIX) and path.startswith(_UPLINK_PREFIX))
         )
 
-    def handle(
-        self, connection: Connection, method: str, path: str, headers: HeaderLines, body: bytes
-    ) -> Answer | Later | Awaitable[Answer]:
+    def handle(self, connection: Connection, head: Head, body: bytes) -> Answer | Later | Awaitable[Answer]:
         """Answer one request."""
-        session = self._sessions.repeated(connection, headers)
-        if session is None:
-            return self._answered(connection, path, headers, body)
+        asked = head.meaning
+        if asked is None:
+            head.meaning = asked = _asked(head)
+        session = self._sessions.repeated(connection, asked.credentials)
+        if session is None or asked.media is None:
+            return self._answered(connection, asked, head.headers, body)
         identity = session.identity
-        route, device_id = _asked(path)
-        if device_id is not None and device_id != str(identity.device_id):
-            return self._answered(connection, path, headers, body)
-        trace = _Trace(route, session.last_active, correlation_id_of(headers))
+        if asked.device_id is not None and asked.device_id != str(identity.device_id):
+            return self._answered(connection, asked, head.headers, body)
+        trace = _Trace(asked.route, session.last_active, asked.correlation_id or new_correlation_id())
         try:
             self._allowances.spend(identity.tenant_id, identity.credential_id, session.last_active)
             source = Source(identity.tenant_id, identity.device_id, Transport.HTTPS)
-            read = self._read_telemetry if device_id is None else self._read_uplink
-            future = self._submit(read, source, headers, body)
+            read = self._read_telemetry if asked.device_id is None else self._read_uplink
+            future = self._submit(read, source, asked.media, asked.key, body)
         except Exception as error:  # the end of this request, as Litestar's handlers are for theirs
             return self._finish(trace, answer_of(error, trace.correlation_id))
         return Later(future, partial(self._settled, trace))
@@ -187,15 +202,16 @@ class Intake:
             answer = answer_of(error, trace.correlation_id)
         return self._finish(trace, answer)
 
-    async def _answered(self, connection: Connection, path: str, headers: HeaderLines, body: bytes) -> Answer:
-        route, device_id = _asked(path)
-        trace = _Trace(route, asyncio.get_running_loop().time(), correlation_id_of(headers))
+    async def _answered(self, connection: Connection, asked: _Asked, headers: HeaderLines, body: bytes) -> Answer:
+        began = asyncio.get_running_loop().time()
+        trace = _Trace(asked.route, began, asked.correlation_id or new_correlation_id())
         try:
             session = await self._session(connection, headers, trace.correlation_id)
-            if device_id is None:
+            self._sessions.remember(connection, asked.credentials, session)
+            if asked.device_id is None:
                 answer = await self.telemetry(session, headers, body)
             else:
-                answer = await self.uplink(session, device_id, headers, body)
+                answer = await self.uplink(session, asked.device_id, headers, body)
         except Exception as error:  # as above
             answer = answer_of(error, trace.correlation_id)
         return self._finish(trace, answer)
@@ -219,7 +235,6 @@ class Intake:
                 contact = _contact(connection, correlation_id)
                 evidence = await self._authentication.device_evidence(credential, contact)
                 session = await self._sessions.on_connection(connection, evidence, contact)
-            self._sessions.remember(connection, headers, session)
         except Unauthenticated:
             self._allowances.spend_failure(connection.peer)
             raise
@@ -236,20 +251,29 @@ class Intake:
         except RegistryError:
             self.counters.rejected += 1
             raise
-        return await self._stored(self._submit(self._read_uplink, source, headers, body))
+        return await self._stored(self._submit(self._read_uplink, source, *self._terms(headers), body))
 
     async def telemetry(self, session: Session, headers: Headers, body: bytes) -> Answer:
         """POST /telemetry, for an authenticated device. Raises what the caller should be told."""
         source = Source.of(session.identity, Transport.HTTPS)
-        return await self._stored(self._submit(self._read_telemetry, source, headers, body))
+        return await self._stored(self._submit(self._read_telemetry, source, *self._terms(headers), body))
+
+    def _terms(self, headers: Headers) -> tuple[bytes, str | None]:
+        try:
+            return media_type(headers, _MEDIA), _idempotency_key(headers)
+        except RegistryError:
+            self.counters.rejected += 1
+            raise
 
     async def _stored(self, future: asyncio.Future[StoredUplink]) -> Answer:
         await asyncio.wait((future,))
         return self._acknowledged(future)
 
-    def _submit(self, read: _Read, source: Source, headers: Headers, body: bytes) -> asyncio.Future[StoredUplink]:
+    def _submit(
+        self, read: _Read, source: Source, media: bytes, key: str | None, body: bytes
+    ) -> asyncio.Future[StoredUplink]:
         try:
-            return self._registry.uplinks.submit(read(source, headers, body))
+            return self._registry.uplinks.submit(read(source, media, key, body))
         except RegistryError as error:
             self.counters.rejected += 1
             self.counters.too_large += isinstance(error, PayloadTooLarge)
@@ -268,12 +292,11 @@ class Intake:
             self.counters.stored += 1
         return Answer(202, b'{"uplink_id":"%b"}' % str(stored.uplink_id).encode())
 
-    def _read_telemetry(self, source: Source, headers: Headers, body: bytes) -> NewUplink:
-        payload = self._payload(media_type(headers, _MEDIA), body)
-        return telemetry_from(source, payload, message_id=_idempotency_key(headers))
+    def _read_telemetry(self, source: Source, media: bytes, key: str | None, body: bytes) -> NewUplink:
+        return telemetry_from(source, self._payload(media, body), message_id=key)
 
-    def _read_uplink(self, source: Source, headers: Headers, body: bytes) -> NewUplink:
-        if media_type(headers, _MEDIA) == CBOR:
+    def _read_uplink(self, source: Source, media: bytes, _key: str | None, body: bytes) -> NewUplink:
+        if media == CBOR:
             cbor = _converted(decode_cbor(body))
             payload = payload_from_value(cbor.payload, max_bytes=self._max_payload_bytes)
             return uplink_from(
@@ -331,6 +354,17 @@ def _contact(connection: Connection, correlation_id: str) -> Contact:
     return Contact(Transport.HTTPS, connection.peer, correlation_id)
 
 
-def _asked(path: str) -> tuple[str, str | None]:
-    """The route's template, and the device that the path names."""
-    return (TELEMETRY, None) if path == TELEMETRY else (UPLINK, path[len(_UPLINK_PREFIX) : -len(_UPLINK_SUFFIX)])
+def _asked(head: Head) -> _Asked:
+    telemetry = head.path == TELEMETRY
+    try:
+        media = media_type(head.headers, _MEDIA)
+    except RegistryError:
+        media = None
+    return _Asked(
+        route=TELEMETRY if telemetry else UPLINK,
+        device_id=None if telemetry else head.path[len(_UPLINK_PREFIX) : -len(_UPLINK_SUFFIX)],
+        media=media,
+        key=_idempotency_key(head.headers),
+        correlation_id=own_correlation_id(head.headers),
+        credentials=credential_lines(head.headers),
+    )

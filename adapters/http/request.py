@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from adapters.http.answer import Code, Refusal
@@ -37,7 +37,8 @@ class Refused(Exception):
 class Head:
     """A request's head as the server understands it. `length` is None for a chunked body, else the declared bytes.
 
-    `path` is decoded text, `raw_path` and `query` are as sent. `path` is `*` for OPTIONS of the whole server.
+    `path` is decoded text, `raw_path` and `query` are as sent. `path` is `*` for OPTIONS of the whole server. One that
+    comes again on its connection may be the same object; `meaning` is free for whoever serves it, to read it once.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Head:
     length: int | None
     keep_alive: bool
     expects_continue: bool
+    meaning: Any = None
 
 
 def read_head(method: str, version: str, target: bytes, headers: Headers, *, keep_alive: bool, upgrade: bool) -> Head:

@@ -27,7 +27,17 @@ _OWN: Final = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 
 def correlation_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The client's id if it has an acceptable one, or a new one."""
+    return own_correlation_id(headers) or new_correlation_id()
+
+
+def own_correlation_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The client's id if it has an acceptable one."""
     for name, value in headers:
         if name == HEADER and _OWN.fullmatch(value) is not None and not secrets.holds_one(value.decode()):
             return value.decode()
+    return None
+
+
+def new_correlation_id() -> str:
+    """One that nobody else has."""
     return os.urandom(16).hex()

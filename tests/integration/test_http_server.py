@@ -18,7 +18,7 @@ from adapters.http.answer import Answer
 from adapters.http.connection import HttpConnection
 from adapters.http.exchange import AsgiApp, Message, Scope
 from adapters.http.limits import HttpLimits
-from adapters.http.request import Headers
+from adapters.http.request import Head
 from adapters.http.server import HttpsServer
 from adapters.tls.admission import TlsLimits
 from adapters.tls.context import TlsContext
@@ -372,9 +372,7 @@ class Hot:
     def accepts(self, method: str, path: str) -> bool:
         return method == "POST" and path == "/hot"
 
-    def handle(
-        self, connection: HttpConnection, method: str, path: str, headers: Headers, body: bytes
-    ) -> Answer | Awaitable[Answer]:
+    def handle(self, connection: HttpConnection, head: Head, body: bytes) -> Answer | Awaitable[Answer]:
         match body:
             case b"fail":
                 raise RuntimeError("hot failure")

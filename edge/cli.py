@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edge.config import Config
 
 Result = TypeVar("Result")
+Word = TypeVar("Word")
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -313,17 +314,19 @@ def mint_token(
 ) -> None:
     """Mint an operator's token; prints the token and nothing else."""
     given = _invocation(context, config, data_dir, as_json)
+    from edge import commands
+
     lifetime = parse_duration("--ttl", ttl)
+    parsed_role = _parsed("--role", commands.parse_role, role)
+    permissions = _parsed("--permission", commands.parse_permissions, permission or ())
     loaded = _configuration(given)
 
     async def work() -> None:
-        from edge import commands
-
         await commands.mint_token(
             loaded,
             tenant=tenant,
-            role=commands.parse_role(role),
-            permissions=commands.parse_permissions(permission or ()),
+            role=parsed_role,
+            permissions=permissions,
             ttl=lifetime,
             subject=subject,
             as_json=given.as_json,
@@ -354,13 +357,23 @@ def list_devices(
     as_json: JsonOption = False,
 ) -> None:
     """Devices of one tenant, or of all; every filter that is given must hold."""
+    from edge import commands
+
     given = _invocation(context, config, data_dir, as_json)
+    query = commands.DeviceQuery(
+        tenant,
+        _parsed_if_given("--status", commands.parse_status, status),
+        group,
+        tag,
+        profile_id,
+        site_id,
+        _parsed_if_given("--gateway-id", commands.parse_device_id, gateway_id),
+        q,
+        limit,
+    )
     loaded = _configuration(given)
 
     async def work() -> None:
-        from edge import commands
-
-        query = commands.DeviceQuery(tenant, status, group, tag, profile_id, site_id, gateway_id, q, limit)
         await commands.list_devices(loaded, query, as_json=given.as_json)
 
     _finish(work)
@@ -376,13 +389,14 @@ def show_device(
     as_json: JsonOption = False,
 ) -> None:
     """One device and its credentials, without their secrets."""
+    from edge import commands
+
     given = _invocation(context, config, data_dir, as_json)
+    wanted = _parsed("DEVICE_ID", commands.parse_device_id, device_id)
     loaded = _configuration(given)
 
     async def work() -> None:
-        from edge import commands
-
-        await commands.show_device(loaded, device_id, tenant, as_json=given.as_json)
+        await commands.show_device(loaded, wanted, tenant, as_json=given.as_json)
 
     _finish(work)
 
@@ -400,13 +414,15 @@ def revoke_device(
     as_json: JsonOption = False,
 ) -> None:
     """End a device's credentials and close its sessions on all nodes; prints the receipt."""
+    from edge import commands
+
     given = _invocation(context, config, data_dir, as_json)
+    wanted = _parsed("DEVICE_ID", commands.parse_device_id, device_id)
+    only = _parsed_if_given("--credential", commands.parse_credential_id, credential)
     loaded = _configuration(given)
 
     async def work() -> None:
-        from edge import commands
-
-        await commands.revoke_device(loaded, device_id, credential, tenant, as_json=given.as_json)
+        await commands.revoke_device(loaded, wanted, only, tenant, as_json=given.as_json)
 
     _finish(work)
 
@@ -534,6 +550,20 @@ def parse_duration(option: str, text: str) -> timedelta:
         raise UsageProblem(f"{option}: {text[:40]!a} is no duration; a number and s, m, h or d is expected, as in 15m")
     number, unit = found.groups()
     return timedelta(seconds=int(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit])
+
+
+def _parsed(option: str, parse: Callable[[Word], Result], word: Word) -> Result:
+    """What a word of the command line means. Raises UsageProblem."""
+    from registry.errors import InvalidArgument
+
+    try:
+        return parse(word)
+    except InvalidArgument as error:
+        raise UsageProblem(f"{option}: {error.message}") from None
+
+
+def _parsed_if_given(option: str, parse: Callable[[str], Result], word: str | None) -> Result | None:
+    return None if word is None else _parsed(option, parse, word)
 
 
 def _invocation(context: typer.Context, config: Path | None, data_dir: Path | None, as_json: bool) -> Invocation:

@@ -55,15 +55,15 @@ from registry.trust import drop_key, roll_over, rotate_key_ring, stage_key
 
 @dataclass(frozen=True, slots=True)
 class DeviceQuery:
-    """Which devices to list, as the words of the command line."""
+    """Which devices to list; without a tenant, of all."""
 
     tenant: str | None = None
-    status: str | None = None
+    status: DeviceStatus | None = None
     group: str | None = None
     tag: str | None = None
     profile_id: str | None = None
     site_id: str | None = None
-    gateway_id: str | None = None
+    gateway_id: DeviceId | None = None
     q: str | None = None
     limit: int = 100
 
@@ -86,6 +86,32 @@ def parse_permissions(texts: Iterable[str]) -> frozenset[Permission]:
     """Each word may hold several, separated by commas. Raises InvalidArgument, which names those there are."""
     words = (word.strip() for text in texts for word in text.split(","))
     return frozenset(Permission.parse(word) for word in words if word)
+
+
+def parse_status(text: str) -> DeviceStatus:
+    """Raises InvalidArgument, which names those there are."""
+    try:
+        return DeviceStatus(text)
+    except ValueError:
+        known = ", ".join(each.value for each in DeviceStatus)
+        raise InvalidArgument(f"unknown status {plain(text)!r}; known are: {known}") from None
+
+
+def parse_device_id(text: str) -> DeviceId:
+    """Raises InvalidArgument."""
+    return DeviceId(_uuid(text))
+
+
+def parse_credential_id(text: str) -> CredentialId:
+    """Raises InvalidArgument."""
+    return CredentialId(_uuid(text))
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidArgument(f"{text[:64]!a} is no id; a UUID is expected") from None
 
 
 # -- the database ------------------------------------------------------------------------------------------------------
@@ -225,7 +251,7 @@ async def list_devices(config: Config, query: DeviceQuery, *, as_json: bool) -> 
         show_text(f"(the first {query.limit}; --limit shows more, filters show fewer)")
 
 
-async def show_device(config: Config, device_id: str, tenant: str | None, *, as_json: bool) -> None:
+async def show_device(config: Config, device_id: DeviceId, tenant: str | None, *, as_json: bool) -> None:
     """One device with its credentials, which are shown without their secrets."""
     async with _core(config) as core:
         device = await _find_device(core.registry, device_id, tenant)
@@ -263,14 +289,14 @@ async def show_device(config: Config, device_id: str, tenant: str | None, *, as_
 
 
 async def revoke_device(
-    config: Config, device_id: str, credential_id: str | None, tenant: str | None, *, as_json: bool
+    config: Config, device_id: DeviceId, credential_id: CredentialId | None, tenant: str | None, *, as_json: bool
 ) -> None:
     """End one credential of a device, or every living one, and say which sessions were closed."""
     actor = cli_actor()
     async with _core(config) as core:
         device = await _find_device(core.registry, device_id, tenant)
         if credential_id is not None:
-            chosen = [CredentialId(_uuid(credential_id, "credential"))]
+            chosen = [credential_id]
         else:
             now = core.registry.clock()
             every = [each async for each in _credentials(core.registry, device)]
@@ -470,9 +496,8 @@ async def _credentials(registry: Registry, device: Device) -> AsyncIterator[Cred
             return
 
 
-async def _find_device(registry: Registry, text: str, tenant: str | None) -> Device:
+async def _find_device(registry: Registry, device_id: DeviceId, tenant: str | None) -> Device:
     """The device of that id; without a tenant it is looked for in each, as ids are unique over all of them."""
-    device_id = DeviceId(_uuid(text, "device"))
     if tenant is not None:
         return await registry.devices.get((await _find_tenant(registry, tenant)).tenant_id, device_id)
     async for candidate in _every_tenant(registry):
@@ -491,31 +516,14 @@ async def _device_or_none(registry: Registry, tenant_id: TenantId, device_id: De
 
 def _filter(query: DeviceQuery) -> DeviceFilter:
     return DeviceFilter(
-        status=_status(query.status),
+        status=query.status,
         group=query.group,
         tag=query.tag,
         profile_id=query.profile_id,
         site_id=query.site_id,
-        gateway_id=DeviceId(_uuid(query.gateway_id, "gateway")) if query.gateway_id else None,
+        gateway_id=query.gateway_id,
         q=query.q,
     )
-
-
-def _status(text: str | None) -> DeviceStatus | None:
-    if text is None:
-        return None
-    try:
-        return DeviceStatus(text)
-    except ValueError:
-        known = ", ".join(each.value for each in DeviceStatus)
-        raise InvalidArgument(f"unknown status {plain(text)!r}; known are: {known}") from None
-
-
-def _uuid(text: str, what: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError:
-        raise InvalidArgument(f"{text[:64]!a} is no {what} id; a UUID is expected") from None
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------

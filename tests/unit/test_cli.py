@@ -103,6 +103,15 @@ def test_key_ring_show_names_ids_and_no_key(capsys: pytest.CaptureFixture[str], 
         (["nonsense"], "nonsense"),
         (["device", "list", "--limit", "0"], "--limit"),
         (["token", "mint", "--tenant", "t", "--role", "member", "--ttl", "5 minutes"], "--ttl: '5 minutes'"),
+        (["token", "mint", "--tenant", "t", "--role", "boss"], "platform_admin, tenant_admin, member"),
+        (["token", "mint", "--tenant", "t", "--role", "member", "--permission", "root"], "devices:read"),
+        (["device", "list", "--status", "asleep"], "--status: unknown status 'asleep'; known are: pending"),
+        (["device", "list", "--gateway-id", "g"], "--gateway-id: 'g' is no id"),
+        (["device", "show", "x"], "DEVICE_ID: 'x' is no id"),
+        (
+            ["device", "revoke", "00000000-0000-0000-0000-000000000000", "--credential", "y"],
+            "--credential: 'y' is no id",
+        ),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_one_line(

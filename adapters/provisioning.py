@@ -8,7 +8,7 @@ Which contract it is, the fields tell. Unknown, disabled, used, expired and revo
 core's (registry/errors.py, `Refused`). The form is judged first and for everybody alike. Whatever goes wrong becomes an
 answer; only what nobody expected is raised.
 
-Nothing here has state. HTTP has the same fields in its own typed models, for its document of operations.
+Nothing here has a state of its own. HTTP has the same fields in its own typed models, for its document of operations.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class Endpoint:
     port: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Provisioning:
-    """Answers provisioning requests. `mqtt` and `coap` are told to devices that come with a token."""
+    """Answers provisioning requests. `mqtt` and `coap` are told to devices that come with a token; they may be set
+    when the port is known."""
 
     registry: Registry
     mqtt: Endpoint

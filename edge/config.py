@@ -127,6 +127,71 @@ class Mqtt(Section, frozen=True, kw_only=True):
         str, Meta(pattern=HOST_PATTERN, description="Loopback until somebody decides otherwise.", extra=HOST_ALLOWED)
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description=f"The registered port of MQTT over TLS; {PORT_TEXT}.")] = 8883
+    connect_seconds: Annotated[
+        Seconds, Meta(description="From the end of the TLS handshake to a whole CONNECT. One round trip over 2G fits.")
+    ] = 10.0
+    packet_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 26,
+            description="One packet, announced as Maximum Packet Size. A payload of the largest uplink fits.",
+        ),
+    ] = 288 << 10
+    keep_alive_seconds: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65_535,
+            description="The longest keep-alive; clients of MQTT 5 that ask for more are told this one. A dead peer is "
+            "noticed after one and a half times it. 0 allows any, and none.",
+        ),
+    ] = 3_600
+    receive_maximum: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_535,
+            description="Messages of one connection that are being stored; then reading stops. Enough to fill a group "
+            "commit.",
+        ),
+    ] = 256
+    inflight: Annotated[
+        int,
+        Meta(ge=1, le=32_767, description="Messages to one client that it has not acknowledged. It may ask for less."),
+    ] = 128
+    queued_messages: Annotated[
+        int,
+        Meta(ge=1, le=32_767, description="Messages that wait for one session, also while it is offline."),
+    ] = 1_000
+    queued_bytes: Annotated[
+        int, Meta(ge=1024, le=1 << 30, description="The same in bytes, so that few large ones cannot fill the memory.")
+    ] = 1 << 20
+    subscriptions: Annotated[
+        int, Meta(ge=1, le=100_000, description="Filters of one session. A gateway needs one or two for each child.")
+    ] = 128
+    session_expiry_seconds: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=31_536_000,
+            description="How long a session may outlive its connection at most, and does in MQTT 3.1.1. A device that "
+            "was away for a week starts anew.",
+        ),
+    ] = 604_800
+    provisioning_connections: Annotated[
+        int, Meta(ge=1, le=100_000, description="Connections of user `provision` at once; they hold no credential.")
+    ] = 500
+    provisioning_seconds: Annotated[
+        Seconds, Meta(description="Such a connection is closed after this. A claim over a slow radio takes 10 s.")
+    ] = 60.0
+    refused_wait_seconds: Annotated[
+        Annotated[float, Meta(ge=0, le=60)],
+        Meta(
+            description="A credential that is refused again and again waits for its answer, longer each time, up to "
+            "this. Below the 10 s after which impatient clients try again.",
+        ),
+    ] = 8.0
 
 
 class Coap(Section, frozen=True, kw_only=True):

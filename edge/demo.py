@@ -225,14 +225,17 @@ def _for_demo(config: Config) -> Config:
 def _with_free_ports(config: Config) -> tuple[Config, list[str]]:
     """The configuration with free ports where the configured ones are taken, and what to say about it."""
     remarks: list[str] = []
-    https, ops = config.https, config.ops
+    https, mqtt, ops = config.https, config.mqtt, config.ops
     if not _is_free(https.host, https.port):
         remarks.append(f"port {https.port} (https) is in use, so a free one was taken")
         https = msgspec.structs.replace(https, port=0)
+    if not _is_free(mqtt.host, mqtt.port):
+        remarks.append(f"port {mqtt.port} (mqtt) is in use, so a free one was taken")
+        mqtt = msgspec.structs.replace(mqtt, port=0)
     if not _is_free(ops.host, ops.port):
         remarks.append(f"port {ops.port} (ops) is in use, so a free one was taken")
         ops = msgspec.structs.replace(ops, port=0)
-    return msgspec.structs.replace(config, https=https, ops=ops), remarks
+    return msgspec.structs.replace(config, https=https, mqtt=mqtt, ops=ops), remarks
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -18,7 +18,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,13 +29,16 @@ import msgspec
 
 from adapters.http.api_request import Service
 from adapters.http.app import HttpApi, HttpApiSettings, create_app
-from adapters.http.certificates import Endpoint
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
+from adapters.mqtt.machine_limits import MqttLimits
+from adapters.mqtt.server import MqttServer
+from adapters.mqtt.server_limits import ServerLimits
+from adapters.provisioning import Endpoint, Provisioning
 from adapters.tls.admission import TlsLimits
-from adapters.tls.context import TlsContext
+from adapters.tls.context import ServerCredentials, TlsContext
 from edge import logs
-from edge.config import Config, Https, Ops
+from edge.config import Config, Https, Mqtt, Ops
 from edge.metrics import Metrics
 from edge.ops import CheckResult, OpsServer
 from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
@@ -84,6 +87,7 @@ class Server:
         self._metrics = Metrics(version=version("gatehouse"))
         self._core: Core | None = None
         self._https: HttpsServer | None = None
+        self._mqtt: MqttServer | None = None
         self._postgres: EmbeddedPostgres | None = None
         self._database_answered = 0.0
         self._draining = False
@@ -235,20 +239,21 @@ class Server:
         config = self._config
         provisioning = Provisioning(
             core.registry,
-            lambda: Endpoint(public_host(config, config.mqtt.host), port),
-            lambda: Endpoint(public_host(config, config.coap.host), config.coap.port),
+            Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
+            Endpoint(public_host(config, config.coap.host), config.coap.port),
         )
         self._mqtt = server = MqttServer(
             core.registry, provisioning, context, limits=_mqtt_limits(config), tls_limits=_tls_limits(config)
         )
-        port = await _listening(server.start(config.mqtt.host, config.mqtt.port), "mqtt")
+        port = await _listening("mqtt", config.mqtt, server.start)
+        provisioning.mqtt = Endpoint(public_host(config, config.mqtt.host), port)
         self._watch_mqtt(server)
         try:
             yield port
         finally:
             self._draining = True
             core.registry.sessions.drain()
-            await self._polite(server.drain)
+            await self._drain(server)
 
     @asynccontextmanager
     async def _https_listener(self, core: Core, context: TlsContext, mqtt_port: int) -> AsyncIterator[int]:
@@ -280,8 +285,8 @@ class Server:
         finally:
             await ops.close()
 
-    async def _drain(self, server: HttpsServer) -> None:
-        """Let requests in flight finish, unless somebody is in a hurry."""
+    async def _drain(self, server: HttpsServer | MqttServer) -> None:
+        """Let what is in flight finish, unless somebody is in a hurry."""
         polite = asyncio.ensure_future(server.drain(self._config.node.drain_seconds))
         hurried = asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait({polite, hurried}, return_when=asyncio.FIRST_COMPLETED)
@@ -312,6 +317,7 @@ class Server:
                 "database": _check(silent < 5 * PROBE_SECONDS, f"no answer for {silent:.0f} s"),
                 "feed": _check(feed.trusted, f"not followed for {feed.lost_seconds():.0f} s"),
                 "https": _check(self._https is not None and not self._draining, "draining"),
+                "mqtt": _check(self._mqtt is not None and not self._draining, "draining"),
             }
         )
 
@@ -328,7 +334,10 @@ class Server:
 
     def _watch_https(self, core: Core, app: HttpApi, server: HttpsServer) -> None:
         metrics, intake = self._metrics, app.hot.counters
-        metrics.watch_listeners(lambda: {Transport.HTTPS: server.tls_counters.as_dict()})
+        listeners = {Transport.HTTPS: server.tls_counters}
+        if self._mqtt is not None:
+            listeners[Transport.MQTT] = self._mqtt.tls_counters
+        metrics.watch_listeners(lambda: {transport: each.as_dict() for transport, each in listeners.items()})
         metrics.watch_uplinks(
             Transport.HTTPS,
             lambda: {
@@ -338,6 +347,19 @@ class Server:
             },
         )
         metrics.watch_limits(lambda: _limits_hit(app.service, server))
+
+    def _watch_mqtt(self, server: MqttServer) -> None:
+        metrics, counters = self._metrics, server.counters
+        metrics.watch_uplinks(
+            Transport.MQTT,
+            lambda: {
+                UplinkOutcome.STORED: counters.stored,
+                UplinkOutcome.DUPLICATE: counters.duplicate,
+                UplinkOutcome.REJECTED: counters.rejected,
+            },
+        )
+        metrics.watch_mqtt(counters.as_dict)
+        metrics.watch_limits(lambda: _mqtt_limits_hit(server))
 
 
 async def serve(config: Config) -> int:
@@ -388,7 +410,7 @@ _EXPECTED = (
 """Failures that an operator can understand and mend; anything else is a bug and shows its traceback."""
 
 
-async def _listening(section: str, where: Https | Ops, start: Callable[[str, int], Awaitable[int]]) -> int:
+async def _listening(section: str, where: Https | Mqtt | Ops, start: Callable[[str, int], Awaitable[int]]) -> int:
     try:
         return await start(where.host, where.port)
     except OSError as error:
@@ -426,7 +448,7 @@ def _raise_file_limit() -> None:
             log.warning("limits.open_files", extra={"fields": {"soft": soft, "hard": hard, "reason": str(error)}})
 
 
-async def _renew(certificate: ServerCertificate, context: TlsContext, chain: Path) -> None:
+async def _renew(certificate: ServerCertificate, contexts: Sequence[TlsContext], chain: Path) -> None:
     """Keep what the listeners show, and the file of what to trust, up to date."""
     loop = asyncio.get_running_loop()
     replaced = checked = loop.time()
@@ -439,7 +461,9 @@ async def _renew(certificate: ServerCertificate, context: TlsContext, chain: Pat
         if not certificate.due() and loop.time() - replaced < TICKET_KEY_SECONDS:
             continue
         try:
-            context.replace(await certificate.load())
+            credentials = await certificate.load()
+            for context in contexts:
+                context.replace(credentials)
             replaced = loop.time()
             log.info("certificate.replaced", extra={"fields": {}})
         except (CertificateProblem, Unavailable, ValueError) as error:
@@ -450,7 +474,7 @@ def _check(ok: bool, reason: str) -> CheckResult:
     return CheckResult(True) if ok else CheckResult(False, reason)
 
 
-def _api_settings(config: Config) -> HttpApiSettings:
+def _api_settings(config: Config, mqtt_port: int) -> HttpApiSettings:
     limits = config.limits
     return HttpApiSettings(
         tenant_requests_per_second=limits.tenant_requests_per_second,
@@ -469,7 +493,7 @@ def _api_settings(config: Config) -> HttpApiSettings:
         max_body_bytes=limits.body_bytes,
         open_body_bytes=limits.open_body_bytes,
         uplink_payload_bytes=limits.uplink_payload_bytes,
-        mqtt=Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
+        mqtt=Endpoint(public_host(config, config.mqtt.host), mqtt_port),
         coap=Endpoint(public_host(config, config.coap.host), config.coap.port),
     )
 
@@ -493,6 +517,41 @@ def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
     }
 
 
+def _mqtt_limits_hit(server: MqttServer) -> dict[Limit, int]:
+    counters, tls = server.counters, server.tls_counters
+    return {
+        Limit.SLOW_SENDER: counters.timed_out,
+        Limit.HANDSHAKES: tls.dropped_handshake_limit + tls.dropped_address_limit + tls.dropped_handshake_timeout,
+        Limit.CONNECTIONS: tls.dropped_connection_limit + counters.turned_away,
+        Limit.UPLINK_PAYLOAD: counters.too_large,
+    }
+
+
+def _mqtt_limits(config: Config) -> ServerLimits:
+    mqtt = config.mqtt
+    machine = MqttLimits(
+        packet_bytes=mqtt.packet_bytes,
+        connect_timeout=mqtt.connect_seconds,
+        keep_alive=mqtt.keep_alive_seconds,
+        receive_maximum=mqtt.receive_maximum,
+        unanswered_messages=mqtt.receive_maximum,
+        inflight=mqtt.inflight,
+        queued_messages=mqtt.queued_messages,
+        queued_bytes=mqtt.queued_bytes,
+        subscriptions=mqtt.subscriptions,
+        session_expiry=float(mqtt.session_expiry_seconds),
+    )
+    return ServerLimits(
+        machine=machine,
+        provisioning=mqtt.provisioning_connections,
+        provisioning_seconds=mqtt.provisioning_seconds,
+        provisioning_attempts_per_second=config.limits.provisioning_attempts_per_second,
+        provisioning_attempts_burst=config.limits.provisioning_attempts_burst,
+        taming_longest=mqtt.refused_wait_seconds,
+        payload_bytes=config.limits.uplink_payload_bytes,
+    )
+
+
 def _http_limits(config: Config) -> HttpLimits:
     limits = config.limits
     return HttpLimits(
@@ -510,6 +569,13 @@ def _http_limits(config: Config) -> HttpLimits:
         send_timeout=limits.send_timeout_seconds,
         anonymous_send_timeout=limits.send_timeout_seconds / 4,
     )
+
+
+def _tls_context(credentials: ServerCredentials, protocol: str, name: str) -> TlsContext:
+    try:
+        return TlsContext(credentials, alpn=(protocol.encode(),), session_name=name.encode())
+    except ValueError as error:
+        raise StartError(f"https.certificate: {error}") from None
 
 
 def _tls_limits(config: Config) -> TlsLimits:

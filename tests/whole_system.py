@@ -120,7 +120,7 @@ async def start_that_fails(
         sys.executable, "-m", "edge", "serve", "--data-dir", str(data_dir), *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**inherited, "GATEHOUSE_HTTPS__PORT": "0", "GATEHOUSE_OPS__PORT": "0", **environ},
+        env={**inherited, "GATEHOUSE_HTTPS__PORT": "0", "GATEHOUSE_MQTT__PORT": "0", "GATEHOUSE_OPS__PORT": "0", **environ},
     )  # fmt: skip
     try:
         async with asyncio.timeout(seconds):

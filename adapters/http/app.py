@@ -25,7 +25,10 @@ from adapters.http import (
     audit,
     ca,
     certificates,
+    children,
+    commands,
     credentials,
+    device_config,
     devices,
     docs,
     est,
@@ -40,7 +43,6 @@ from adapters.http import (
 from adapters.http.allowances import LOOK_UPS_PER_FAILURE, Allowances
 from adapters.http.api_request import CLEANUP, HEAD, ApiRequest, Cleanup, Service, guard
 from adapters.http.authentication import Authentication
-from adapters.http.certificates import Endpoint
 from adapters.http.device_sessions import DeviceSessions
 from adapters.http.errors import handle
 from adapters.http.events import Streams
@@ -49,6 +51,7 @@ from adapters.http.intake import Intake, Observer
 from adapters.http.openapi import document
 from adapters.http.operations import BASE, Operation
 from adapters.http.tracing import COMMON_HEADERS, HEADER, correlation_id_of
+from adapters.provisioning import Endpoint
 from registry.core import Registry
 from registry.payloads import MAX_PAYLOAD_BYTES
 from registry.rate_limits import RateLimiter
@@ -62,6 +65,9 @@ _ROUTES: Final[tuple[HTTPRouteHandler, ...]] = (
     *registration_tokens.ROUTES,
     *certificates.ROUTES,
     *uplinks.ROUTES,
+    *commands.ROUTES,
+    *device_config.ROUTES,
+    *children.ROUTES,
     *sessions.ROUTES,
     *events.ROUTES,
     *audit.ROUTES,

@@ -12,7 +12,6 @@ What is none names nothing, and is NOT_FOUND.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Final
 from uuid import UUID
@@ -45,14 +44,6 @@ MAX_PEM: Final = 65_536
 """Characters. A certificate of RSA-4096 with long names takes 4 KB; the text that `openssl x509 -text` adds as much."""
 
 _FINGERPRINT: Final = re.compile(r"[0-9A-Fa-f]{64}|[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){31}")
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a listener of this server is, as devices call it."""
-
-    host: str
-    port: int
 
 
 class CertificateRegistration(Request, frozen=True, kw_only=True):

@@ -189,7 +189,7 @@ class Taming:
         known = self._refused.pop(lookup, None)
         limits = self._limits
         if known is None or now - known.at > limits.taming_forgotten:
-            wait = limits.taming_first
+            wait = min(limits.taming_longest, limits.taming_first)
         else:
             wait = min(limits.taming_longest, 2 * known.wait)
         self._refused[lookup] = _Refused(wait, now)

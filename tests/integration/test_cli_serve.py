@@ -66,7 +66,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 def _environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GATEHOUSE_")}
-    ports = {"GATEHOUSE_HTTPS__PORT": "0", "GATEHOUSE_OPS__PORT": "0"}
+    ports = {"GATEHOUSE_HTTPS__PORT": "0", "GATEHOUSE_MQTT__PORT": "0", "GATEHOUSE_OPS__PORT": "0"}
     return {**kept, "PYTHONPATH": str(ROOT), **ports, **more}
 
 

@@ -29,7 +29,7 @@ async def test_an_open_event_stream_does_not_hold_the_stop(dsn: str, tmp_path: P
             ]
 
 
-@pytest.mark.parametrize("listener", ["https", "ops"])
+@pytest.mark.parametrize("listener", ["https", "mqtt", "ops"])
 async def test_a_taken_port_is_named(dsn: str, tmp_path: Path, listener: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

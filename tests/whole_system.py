@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.processes import START_SECONDS, ServerProcess
 
+FREE_PORTS = {f"GATEHOUSE_{name}__PORT": "0" for name in ("HTTPS", "MQTT", "OPS")}
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -120,7 +121,7 @@ async def start_that_fails(
         sys.executable, "-m", "edge", "serve", "--data-dir", str(data_dir), *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**inherited, "GATEHOUSE_HTTPS__PORT": "0", "GATEHOUSE_MQTT__PORT": "0", "GATEHOUSE_OPS__PORT": "0", **environ},
+        env={**inherited, **FREE_PORTS, **environ},
     )  # fmt: skip
     try:
         async with asyncio.timeout(seconds):

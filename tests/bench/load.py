@@ -1,6 +1,8 @@
-"""Uplinks by the thousand: wrk with 64 keep-alive connections over TLS, eight devices with eight connections each.
+"""Uplinks by the thousand: wrk with 64 keep-alive connections over TLS, all of one gateway.
 
-wrk is C and an event loop, so that the generator takes little of the two cores that the server and PostgreSQL need.
+wrk is C and an event loop, so that the generator takes little of the cores that the server and PostgreSQL need. It has
+one thread for the same reason, and therefore one key: only its threads can differ in what they send. For the server
+these are 64 sessions either way.
 Its script (uplinks.lua) counts each answer by its status. Latencies are wrk's own: from the first written byte to
 the answer's last, with its correction for the requests that a stalled connection could not send (without that, a
 closed loop hides exactly the stalls). Where wrk cannot be had, callers.py does the same at a multiple of the cost.
@@ -23,7 +25,8 @@ from tests.bench.callers import closed_loop, connect_many, percentile, post
 from tests.bench.servers import BenchServer, Device
 
 CONNECTIONS = 64
-DEVICES = 8
+DEVICES = 1
+"""Threads of wrk, each with a key of its own."""
 Kind = Literal["telemetry", "event", "named"]
 _SCRIPT = Path(__file__).with_name("uplinks.lua")
 

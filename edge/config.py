@@ -28,7 +28,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import msgspec
@@ -44,6 +44,7 @@ SYSTEM_FILE = Path("/etc/gatehouse/gatehouse.toml")
 MAX_FILE_BYTES = 1 << 20
 """A configuration larger than this is some other file given by mistake."""
 
+_USUAL_HOSTS = {"127.0.0.1", "::1", "0.0.0.0", "::", "localhost"}  # noqa: S104 - compared with, not listened on
 HOST_ALLOWED = {"allowed": "a host name or an IP address, without brackets or port"}
 HOST_PATTERN = r"\A[A-Za-z0-9_.:%-]{1,255}\Z"
 PORT_TEXT = "0 takes a free one and the ready line tells which"
@@ -688,9 +689,11 @@ def load(
     """
     base = (directory or Path.cwd()).absolute()
     given: Given = {}
-    found = _config_file(config_path, environ, base)
+    beside = base / "gatehouse.toml"
+    named = _named_file(config_path, environ, base)
+    found = named or next((path for path in (beside, SYSTEM_FILE) if path.is_file()), None)
     if found is not None:
-        given |= _from_file(found)
+        given |= _from_file(found, unasked=named is None and found == beside)
     given |= _from_environment(environ, base)
     if data_dir is not None:
         _give(given, KEYS["", "data_dir"], str(data_dir), Origin(Source.COMMAND_LINE, "--data-dir", base))
@@ -725,6 +728,7 @@ def reference() -> str:
         "next to it, which beats the file; `--data-dir` beats both. The file is `--config F`, else",
         "`$GATEHOUSE_CONFIG`, else `gatehouse.toml` in the current directory, else `/etc/gatehouse/gatehouse.toml`.",
         "",
+        "- Root reads the file in the current directory unasked only if it is root's and nobody else may write it.",
         "- A relative path in the file starts at the file's directory; anywhere else at the current directory.",
         "- Lists in variables are JSON or separated by commas. An empty variable counts as not set.",
         "- An unknown key, section or variable, a wrong type or a value out of range stops the start with exit code 2,",
@@ -751,17 +755,29 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _config_file(config_path: Path | None, environ: Mapping[str, str], base: Path) -> Path | None:
+def _named_file(config_path: Path | None, environ: Mapping[str, str], base: Path) -> Path | None:
     if config_path is not None:
         return base / config_path
     if environ.get("GATEHOUSE_CONFIG"):
         return base / environ["GATEHOUSE_CONFIG"]
-    return next((path for path in (base / "gatehouse.toml", SYSTEM_FILE) if path.is_file()), None)
+    return None
 
 
-def _from_file(path: Path) -> Given:
+def _check_trusted(path: Path, file: IO[bytes]) -> None:
+    """Whoever may write into the directory in which root happens to stand does not configure root's node."""
+    status = os.fstat(file.fileno())
+    if os.geteuid() == 0 and (status.st_uid != 0 or status.st_mode & 0o022):
+        who = f"belongs to user {status.st_uid}" if status.st_uid else "may be written by others"
+        raise ConfigError(
+            "--config", f"{path} {who}, so root does not read it unasked; name it with --config to use it"
+        )
+
+
+def _from_file(path: Path, *, unasked: bool) -> Given:
     try:
         with path.open("rb") as file:
+            if unasked:
+                _check_trusted(path, file)
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError("--config", f"cannot read {path}: {error.strerror}") from None
@@ -896,11 +912,28 @@ def _check(config: Config, given: Given) -> None:
             _check_readable(dotted, path)
     if os.path.exists(config.security.key_ring):
         _check_readable("security.key_ring", config.security.key_ring)
+    _check_files(config)
     _check_ports(config)
     _check_at_most(config, "tls_handshakes_per_address", "tls_handshakes")
     _check_at_most(config, "uplink_payload_bytes", "body_bytes")
     _check_at_most(config, "uplink_payload_bytes", "uplink_queue_bytes")
     _check_at_most(config, "sse_streams_per_tenant", "sse_streams")
+
+
+def _check_files(config: Config) -> None:
+    """What the files hold, and what a certificate can be for: nothing to read with the defaults."""
+    certificate, key, keys = config.https.certificate, config.https.key, config.security.operator_jwks
+    hosts = {config.https.host, config.mqtt.host, config.coap.host}
+    if certificate is None and keys is None and not config.https.names and hosts <= _USUAL_HOSTS:
+        return
+    from edge.config_files import check_operator_keys, check_server_certificate, check_server_names
+
+    if certificate is None or key is None:
+        check_server_names(config)
+    else:
+        check_server_certificate(certificate, key)
+    if keys is not None:
+        check_operator_keys(keys)
 
 
 def _check_readable(dotted: str, path: Path) -> None:

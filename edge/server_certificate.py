@@ -83,14 +83,7 @@ class ServerCertificate:
 
     def names(self) -> list[str]:
         """What the issued certificate is for."""
-        names = ["localhost", "127.0.0.1", "::1", *_own_names(), *self._config.https.names]
-        for host in (self._config.https.host, self._config.mqtt.host, self._config.coap.host):
-            try:
-                if not ipaddress.ip_address(host).is_unspecified:
-                    names.append(host)
-            except ValueError:
-                names.append(host)
-        return list(dict.fromkeys(names))
+        return names_for(self._config)
 
     async def _issue(self) -> ServerCredentials:
         key = generate_p256(secrets.token_bytes)
@@ -128,6 +121,18 @@ class ServerCertificate:
                 state = None
             stamp += [state.st_mtime_ns, state.st_ino, state.st_size] if state else [0, 0, 0]
         return tuple(stamp)
+
+
+def names_for(config: Config) -> list[str]:
+    """What a certificate that is issued under a configuration is for."""
+    names = ["localhost", "127.0.0.1", "::1", *_own_names(), *config.https.names]
+    for host in (config.https.host, config.mqtt.host, config.coap.host):
+        try:
+            if not ipaddress.ip_address(host).is_unspecified:
+                names.append(host)
+        except ValueError:
+            names.append(host)
+    return list(dict.fromkeys(names))
 
 
 def _own_names() -> list[str]:

@@ -133,7 +133,10 @@ def _alpn_chooser(ours: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[byt
 
 def _load(context: SSL.Context, credentials: ServerCredentials) -> None:
     chain = x509.load_pem_x509_certificates(credentials.chain_pem)
-    key = load_pem_private_key(credentials.key_pem, None)
+    try:
+        key = load_pem_private_key(credentials.key_pem, None)
+    except TypeError:
+        raise ValueError("the private key is encrypted; it has to be readable without a password") from None
     if not isinstance(
         key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
     ):

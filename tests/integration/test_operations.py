@@ -328,7 +328,7 @@ async def test_a_second_signal_hurries(dsn: str, tmp_path: Path) -> None:
             await until(lambda: _refuses(server))
             async with asyncio.timeout(15):
                 assert await server.stop() == 0
-            assert await _ends(stream), "a stream has no end of its own, so it is cut"
+            assert await _ends(stream), "a stream has no end of its own, so it is ended"
 
 
 @pytest.mark.parametrize(
@@ -354,8 +354,9 @@ async def test_a_broken_key_set_of_operators_stops_the_start(dsn: str, tmp_path:
     keys.write_text(json.dumps({"keys": [{"kty": "RSA"}]}))
     environ = {"GATEHOUSE_DATABASE__DSN": dsn, "GATEHOUSE_SECURITY__OPERATOR_JWKS": str(keys)}
     code, out, err = await start_that_fails(tmp_path / "D", environ)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "security.operator_jwks" in err.splitlines()[-1]
+    assert not (tmp_path / "D").exists(), "nothing was made"
 
 
 RESERVED = {

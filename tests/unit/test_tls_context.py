@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from adapters.tls.context import ServerCredentials, TlsContext
 from tests.tls_peers import make_certificate
 
 ONE, OTHER = make_certificate("one"), make_certificate("other")
+ENCRYPTED = ONE.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"a password"))
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,7 @@ ONE, OTHER = make_certificate("one"), make_certificate("other")
         ServerCredentials(ONE.pem, OTHER.key_pem),
         ServerCredentials(b"", ONE.key_pem),
         ServerCredentials(ONE.pem, b"no key"),
+        ServerCredentials(ONE.pem, ENCRYPTED),
         ServerCredentials(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", ONE.key_pem),
     ],
 )

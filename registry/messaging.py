@@ -158,14 +158,18 @@ class Messaging:
         await self._publishing.stop()
         await self._progress.stop()
         await self._routes.stop()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self.settled()
         try:
             await self._clear_up_after(self.node_id)
             async with self._database.connection() as connection:
                 await storage.leave(connection, self.node_id, self._incarnation)
         except Unavailable:
             log.info("messaging.left_unannounced", extra={"fields": {"node": self.node_id}})
+
+    async def settled(self) -> None:
+        """Wait for what events have set off."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     @property
     def queued(self) -> int:

@@ -193,9 +193,10 @@ class Broker:
                 if not value.stored or min(value.qos, message.qos) == 0:
                     was, texts = relayed.get(value.node_id, (False, []))
                     relayed[value.node_id] = (was or not shared, [*texts, shared] if shared else texts)
+            elif value.subscription.no_local and value.session_id == publication.sender:
+                continue
             elif min(value.subscription.qos, message.qos) > 0:
-                if not (value.subscription.no_local and value.session_id == publication.sender):
-                    direct.setdefault(value.session_id, []).append(value)
+                direct.setdefault(value.session_id, []).append(value)
         recipients = []
         for session_id, routes in direct.items():
             served = self.served.get(session_id)

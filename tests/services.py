@@ -64,6 +64,9 @@ class Doors:
         self.ended.append(ended)
         return Receipt(ended.credential_id, ended.device_id, ended.revoked_at)
 
+    async def remaining(self, ended: Ended) -> int:
+        return 0
+
 
 @dataclass(slots=True)
 class Book:

@@ -61,6 +61,8 @@ _ASSETS: Final = {
 def routes(openapi: dict[str, Any]) -> tuple[HTTPRouteHandler, ...]:
     """The routes that serve `openapi` and its page."""
     encoded = msgspec.json.encode(openapi)
+    # Read once: 1.5 MB, which all readers share, slow ones too (adapters/tls/stream.py).
+    assets = {name: (files("offapi").joinpath(file).read_bytes(), media) for name, (file, media) in _ASSETS.items()}
 
     @HTTPRouteHandler(f"{BASE}/openapi.json", http_method="GET", operation_id="GetOpenApi", include_in_schema=False)
     async def get_openapi() -> Response[bytes]:
@@ -74,10 +76,9 @@ def routes(openapi: dict[str, Any]) -> tuple[HTTPRouteHandler, ...]:
     async def get_asset(request: ApiRequest, name: FromPath[str]) -> Response[bytes]:
         if name == "start.js":
             return _shown(_START, "text/javascript; charset=utf-8")
-        if name not in _ASSETS:
+        if name not in assets:
             raise NotFound("there is nothing at this path")
-        file, media_type = _ASSETS[name]
-        return _shown(files("offapi").joinpath(file).read_bytes(), media_type)
+        return _shown(*assets[name])
 
     return get_openapi, get_docs, get_asset
 

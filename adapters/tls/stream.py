@@ -454,30 +454,29 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if ssl is None or raw is None or self._raw_full or not self._queue:
             self._tell_writing()
             return
-        queue = self._queue
-        data = queue[0] if len(queue) == 1 else b"".join(queue)
-        size = self._queued
-        queue.clear()
-        self._queued = 0
+        queue, self._queue = self._queue, []
+        size, self._queued = self._queued, 0
         try:
             if size <= MAX_PLAINTEXT:
-                ssl.send(data)
+                ssl.send(queue[0] if len(queue) == 1 else b"".join(queue))
                 raw.write(_take(ssl, size + _RECORD_ROOM))
             else:
-                self._flush_large(ssl, raw, memoryview(data))
+                self._flush_large(ssl, raw, _pieces(queue))
         except SSL.Error:
             self._drop(Drop.GARBAGE)
             return
         self._tell_writing()
 
-    def _flush_large(self, ssl: SSL.Connection, raw: asyncio.Transport, data: memoryview) -> None:
-        position = 0
-        while position < len(data) and not self._raw_full:
-            position += ssl.send(data[position : position + MAX_PLAINTEXT])
-            raw.write(_take(ssl, MAX_PLAINTEXT + _RECORD_ROOM))
-        if position < len(data):
-            self._queue.append(data[position:])
-            self._queued = len(data) - position
+    def _flush_large(self, ssl: SSL.Connection, raw: asyncio.Transport, pieces: list[memoryview]) -> None:
+        for number, piece in enumerate(pieces):
+            position = 0
+            while position < len(piece) and not self._raw_full:
+                position += ssl.send(piece[position : position + MAX_PLAINTEXT])
+                raw.write(_take(ssl, MAX_PLAINTEXT + _RECORD_ROOM))
+            if position < len(piece):
+                self._queue = [piece[position:], *pieces[number + 1 :]]
+                self._queued = sum(len(left) for left in self._queue)
+                return
 
     def _tell_writing(self) -> None:
         inner = self._inner
@@ -566,6 +565,24 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             raw.close()
         else:
             raw.abort()
+
+
+def _pieces(queue: list[bytes | memoryview]) -> list[memoryview]:
+    """What is to be sent, small writes joined into whole records. A large one stays where it lies: joined, every slow
+    reader of one answer would hold a copy of it."""
+    pieces: list[memoryview] = []
+    small: list[bytes | memoryview] = []
+    for data in queue:
+        if len(data) < MAX_PLAINTEXT:
+            small.append(data)
+            continue
+        if small:
+            pieces.append(memoryview(b"".join(small)))
+            small.clear()
+        pieces.append(memoryview(data))
+    if small:
+        pieces.append(memoryview(b"".join(small)))
+    return pieces
 
 
 class _RenegotiationAttempt(Exception):

@@ -25,6 +25,7 @@ from adapters.tls.context import TlsContext
 from tests.tls_peers import client_context, connect, eventually, make_certificate, on_both_loops
 
 SERVER = make_certificate()
+STATIC = bytes(range(256)) * 40_000
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -46,6 +47,8 @@ class App:
                 await answer(send, 200, await body_of(receive))
             case "/unread":
                 await answer(send, 401, b"no")
+            case "/static":
+                await answer(send, 200, STATIC)
             case "/recognised":
                 scope["extensions"]["gatehouse.connection"].recognised = True
                 await answer(send, 200, await body_of(receive))
@@ -250,6 +253,23 @@ async def test_chunked_both_ways_and_trailers_never_become_headers() -> None:
         assert response.body == b"onetwo"
         assert all(name not in (b"x-evil",) for name, _ in app.scopes[0]["headers"])
         assert (await site.ask(get("/stream"))).body == b"onetwo"
+
+
+@on_both_loops
+async def test_slow_readers_of_one_answer_share_its_bytes() -> None:
+    async with serving(App()) as site:
+        clients = [await site.client() for _ in range(3)]
+        for client in clients:
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            client.send(get("/static"))
+        streams = [connection._transport for connection in site.server.connections]
+        await eventually(lambda: all(stream is not None and stream.get_write_buffer_size() for stream in streams))
+        for stream in streams:
+            assert stream is not None
+            assert [getattr(piece, "obj", None) is STATIC for piece in stream._queue] == [True]
+        for client in clients:
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            assert (await client.response()).body == STATIC
 
 
 @on_both_loops

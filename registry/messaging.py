@@ -73,6 +73,8 @@ CHANNEL = "gatehouse_messaging"
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 15.0
 """Several beats: a pause of the database's or the node's must not look like a death."""
+_COUNT_SECONDS = 5.0
+"""How old the figure may be by which a tenant's queues are bounded."""
 _UPKEEP_SECONDS = 30.0
 _HINT_SECONDS = 0.002
 """Hints within this time become one NOTIFY, which takes a lock that all notifying commits share."""
@@ -447,13 +449,16 @@ class Messaging:
 
     async def _keep_up(self) -> None:
         loop = asyncio.get_running_loop()
-        next_beat = next_upkeep = loop.time()
+        next_beat = next_count = next_upkeep = loop.time()
         while True:
             try:
                 if loop.time() >= next_beat:
                     next_beat = loop.time() + BEAT_SECONDS
                     await self._beat()
                 await self.tick()
+                if loop.time() >= next_count:
+                    next_count = loop.time() + _COUNT_SECONDS
+                    await self.count_queues()
                 if loop.time() >= next_upkeep:
                     next_upkeep = loop.time() + _UPKEEP_SECONDS
                     await self.prune()
@@ -467,6 +472,11 @@ class Messaging:
         await self._publish_wills()
         for tenant_id, profile_id in await self.grants.refresh():
             self._router.grants_changed(tenant_id, profile_id)
+
+    async def count_queues(self) -> None:
+        """Learn how much waits in the queues of the tenants that are served here. Raises Unavailable."""
+        async with self._database.connection() as connection:
+            self._publishing.tenant_queues = await storage.queued_by_tenant(connection, self._routes.followed())
 
     async def prune(self) -> None:
         """What it asks for rarely: what expired or lost its last user, missed revocations. Raises Unavailable."""
@@ -493,7 +503,6 @@ class Messaging:
             await messaging_routes.sweep(connection, _CHUNK)
             await messaging_routes.prune(connection, KEEP_REMOVED_SECONDS, 10 * _CHUNK)
             await storage.prune_evictions(connection, KEEP_REMOVED_SECONDS)
-            self._publishing.tenant_queues = await storage.queued_by_tenant(connection, self._routes.followed())
         async with self._database.transaction() as connection:
             self._swept, _ = await storage.sweep_bodies(connection, self._swept, 5 * _CHUNK)
 

@@ -5,11 +5,13 @@
 set -eu
 
 # A part is: name, and in the functions below how it is found, its Debian package, what is not tested without it.
-parts="curl openssl postgresql wrk"
+parts="curl mosquitto-clients mqtt.js openssl postgresql wrk"
 
 found() {
     case $1 in
         postgresql) installed_postgres ;;
+        mosquitto-clients) command -v mosquitto_rr >/dev/null 2>&1 ;;
+        mqtt.js) [ -d "$node_modules/mqtt" ] && command -v node >/dev/null 2>&1 ;;
         *) command -v "$1" >/dev/null 2>&1 ;;
     esac
 }
@@ -23,11 +25,23 @@ package() {
 
 without() {
     case $1 in
+        mosquitto-clients) echo "MQTT as mosquitto's programs speak it" ;;
+        mqtt.js) echo "MQTT as MQTT.js speaks it (needs node and npm)" ;;
         curl) echo "the walks through the seeds by curl" ;;
         openssl) echo "certificates and handshakes as another implementation sees them" ;;
         wrk) echo "nothing; \`make bench\` then loads the server by a generator in Python, whose cost is near the server's" ;;
         postgresql) echo "everything on an installed PostgreSQL; the wheel's is still tested" ;;
     esac
+}
+
+# Node's modules are kept outside the tree, in a cache that every checkout of this user shares.
+node_modules=${GATEHOUSE_TEST_NODE_MODULES:-${XDG_CACHE_HOME:-$HOME/.cache}/gatehouse-tests/node_modules}
+
+install_mqtt_js() {
+    command -v npm >/dev/null 2>&1 && command -v node >/dev/null 2>&1 || return 0
+    folder=$(dirname "$node_modules")
+    mkdir -p "$folder" || return 0
+    npm install --prefix "$folder" --no-audit --no-fund --no-save mqtt@5 >&2 || true
 }
 
 # The tests start their own servers, so the programs do; no cluster is needed. psql alone is not enough.
@@ -72,10 +86,11 @@ install_missing() {
         echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
     fi
     for part in "$@"; do
-        apt install --no-install-recommends "$(package "$part")" || true
+        [ "$part" = mqtt.js ] || apt install --no-install-recommends "$(package "$part")" || true
     done
 }
 
+found mqtt.js || install_mqtt_js
 absent=$(missing)
 if [ -n "$absent" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     # shellcheck disable=SC2086  # one word per part

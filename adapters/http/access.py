@@ -6,6 +6,7 @@
     RENEWAL       a device with its own certificate, also for some days after the certificate's end
     DEVICE        a device with its own credential
     a Permission  an operator whose role or token holds it, in its own tenant (registry/permissions.py)
+    DeviceOr      either of these two
 
 A tested table (tests/integration/test_http_api_access.py walks it): a new operation without a line fails every request
 with PERMISSION_DENIED, not with an open door.
@@ -14,6 +15,7 @@ with PERMISSION_DENIED, not with an open door.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Final
@@ -31,7 +33,14 @@ class Public(Enum):
     DEVICE = "device"
 
 
-Access = Public | Permission
+@dataclass(frozen=True, slots=True)
+class DeviceOr:
+    """A device with its own credential, or an operator who holds the permission."""
+
+    permission: Permission
+
+
+Access = Public | Permission | DeviceOr
 
 ACCESS: Final[Mapping[str, Access]] = MappingProxyType(
     {
@@ -48,6 +57,16 @@ ACCESS: Final[Mapping[str, Access]] = MappingProxyType(
         "GetDocsAsset": Public.OPEN,
         "SendUplink": Public.DEVICE,
         "SendTelemetry": Public.DEVICE,
+        "AttachChild": Public.DEVICE,
+        "NextCommand": Public.DEVICE,
+        "AnswerCommand": Public.DEVICE,
+        "ReportDeviceConfig": Public.DEVICE,
+        "GetDeviceConfig": DeviceOr(Permission.DEVICES_READ),
+        "PutDeviceConfig": Permission.DEVICES,
+        "QueueCommand": Permission.DEVICES,
+        "ListCommands": Permission.DEVICES_READ,
+        "GetCommand": Permission.DEVICES_READ,
+        "CancelCommand": Permission.DEVICES,
         "RegisterDevice": Permission.DEVICES,
         "ListDevices": Permission.DEVICES_READ,
         "SummarizeDevices": Permission.DEVICES_READ,

@@ -18,9 +18,16 @@ from litestar.connection import Request as LitestarRequest
 from litestar.handlers import BaseRouteHandler
 from litestar.response import Response
 
-from adapters.http.access import ACCESS, Public
+from adapters.http.access import ACCESS, DeviceOr, Public
 from adapters.http.allowances import Allowances
-from adapters.http.authentication import Authentication, Operator, Presented, enrolment_secret, presented
+from adapters.http.authentication import (
+    Authentication,
+    DeviceEvidence,
+    Operator,
+    Presented,
+    enrolment_secret,
+    presented,
+)
 from adapters.http.bodies import decode, decode_query, media_type
 from adapters.http.device_sessions import Connection, DeviceSessions
 from adapters.http.errors import BasicRequired, BodyTooLarge
@@ -84,6 +91,11 @@ class ApiRequest(LitestarRequest[Any, Any, Any]):
     def operator(self) -> Operator:
         """The operator whom the guard has let in."""
         return cast(Operator, cast(Any, self.scope)[OPERATOR])
+
+    @property
+    def is_of_operator(self) -> bool:
+        """Whether it is an operator whom the guard has let in, where both kinds may call."""
+        return OPERATOR in cast(Any, self.scope)
 
     @property
     def device_session(self) -> Session:
@@ -197,7 +209,7 @@ async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRou
             except Unauthenticated as refused:
                 request.service.allowances.spend_failure(request.address)
                 raise BasicRequired(refused.reason) from None
-        case Public.DEVICE | Permission():
+        case Public.DEVICE | Permission() | DeviceOr():
             try:
                 await _authenticate(request, access)
             except Unauthenticated:
@@ -223,12 +235,14 @@ async def _keep_right(request: ApiRequest) -> None:
     cast(Any, request.scope)[RIGHT] = await request.service.authentication.renewal_right(certificate, request.contact)
 
 
-async def _authenticate(request: ApiRequest, access: Public | Permission) -> None:
+async def _authenticate(request: ApiRequest, access: Public | Permission | DeviceOr) -> None:
     service, contact = request.service, request.contact
     try:
         credential = request.presented()
     except Unauthenticated as refused:
         service.authentication.refuse(refused.reason, contact)
+    if isinstance(access, DeviceOr):
+        access = Public.DEVICE if isinstance(credential, DeviceEvidence) else access.permission
     if isinstance(access, Permission):
         operator = await service.authentication.operator(credential, access, contact)
         if request.connection is not None:

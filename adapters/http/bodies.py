@@ -30,7 +30,7 @@ CBOR: Final = b"application/cbor"
 MAX_PARAMETERS: Final = 32
 """Of one query. The longest list of filters has ten."""
 
-_INTEGERS: Final = frozenset({"limit"})
+_INTEGERS: Final = frozenset({"limit", "wait"})
 """The parameters that are numbers. The converter's own coercion would take `0.5` for a time, and `5.0` for 5."""
 _INTEGER: Final = re.compile(r"(?:0|[1-9][0-9]{0,8})")
 _NUL_ESCAPE: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")

@@ -225,6 +225,11 @@ class HttpConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def rest(self) -> None:
+        """The request being answered waits for news and costs no work meanwhile: it is in flight no longer."""
+        if isinstance(self._current, Exchange):
+            self._uncount(self._current)
+
     def add_close_callback(self, callback: Callable[[HttpConnection], None]) -> None:
         """Call `callback` once when the socket is closed, soon if it is already."""
         if self.closed:
@@ -559,6 +564,9 @@ class HttpConnection(asyncio.Protocol):
             self._server.in_flight += 1
 
     def _answered(self, exchange: Exchange, _task: asyncio.Task[None]) -> None:
+        self._uncount(exchange)
+
+    def _uncount(self, exchange: Exchange) -> None:
         if exchange.counted:
             exchange.counted = False
             self._server.in_flight -= 1

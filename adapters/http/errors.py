@@ -27,7 +27,7 @@ from litestar.exceptions import HTTPException
 from litestar.response import Response
 
 from adapters.http.answer import Answer, HeaderList
-from registry.errors import ErrorCode, InvalidArgument, RegistryError, Unauthenticated
+from registry.errors import ErrorCode, FailedPrecondition, InvalidArgument, RegistryError, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,10 @@ class BodyTooLarge(InvalidArgument):
     """The body is larger than is served."""
 
 
+class NoMatch(FailedPrecondition):
+    """If-Match names another version than there is (RFC 9110 §13.1.1)."""
+
+
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
     """What every refusal looks like. `correlation_id` finds the request in the logs, the events and the timeline."""
 
@@ -86,6 +90,8 @@ def problem_of(error: Exception) -> Problem:
     match error:
         case UnsupportedMediaType():
             return Problem(415, error.code, _cut(error.message))
+        case NoMatch():
+            return Problem(412, error.code, _cut(error.message))
         case BodyTooLarge():
             return Problem(413, error.code, _cut(error.message))
         case RegistryError(code=ErrorCode.INTERNAL):

@@ -9,8 +9,7 @@ that this connection has, for its own device, waits for nothing but the commit, 
 submits, and the submitted uplink's future makes the answer. Whatever may have to ask the database first is `_answered`.
 
 A device sends for itself, or for a child whose `gateway_id` it is. For anything else it gets NOT_FOUND, whether the
-device exists or not. That a child is one's own is read from the database and believed for `CHILD_SECONDS`: so long a
-gateway may still send for a child that was just taken from it.
+device exists or not (registry/children.py).
 
 The body is JSON or CBOR. `Idempotency-Key` is the `message_id` of a telemetry body, which has no room for one. Nothing
 is acknowledged before it is stored; a full queue is UNAVAILABLE with Retry-After.
@@ -43,8 +42,8 @@ from adapters.http.operations import BASE
 from adapters.http.request import Head
 from adapters.http.tracing import COMMON_HEADERS, HEADER, new_correlation_id, own_correlation_id
 from registry.core import Registry
-from registry.errors import NotFound, RegistryError, Unauthenticated
-from registry.model import Contact, DeviceId, DeviceStatus, Json, Transport
+from registry.errors import RegistryError, Unauthenticated
+from registry.model import Contact, DeviceId, Json, Transport
 from registry.payloads import (
     NewUplink,
     Payload,
@@ -247,7 +246,7 @@ class Intake:
     async def uplink(self, session: Session, device_id: str, headers: Headers, body: bytes) -> Answer:
         """POST /devices/{device_id}/uplink, for an authenticated device. Raises what the caller should be told."""
         try:
-            source = await self._source(session, device_id)
+            source = await self.source(session, device_id)
         except RegistryError:
             self.counters.rejected += 1
             raise
@@ -306,34 +305,23 @@ class Intake:
         payload = payload_from_json(bytes(read.payload), max_bytes=self._max_payload_bytes)
         return uplink_from(source, payload, kind=read.kind, message_id=read.message_id, observed_at=read.observed_at)
 
+    def payload(self, headers: Headers, body: bytes) -> Payload:
+        """The payload that a body is, in JSON or CBOR. Raises InvalidArgument."""
+        return self._payload(media_type(headers, _MEDIA), body)
+
     def _payload(self, media: bytes, body: bytes) -> Payload:
         if media == CBOR:
             return payload_from_value(decode_cbor(body), max_bytes=self._max_payload_bytes)
         return payload_from_json(body, max_bytes=self._max_payload_bytes)
 
-    async def _source(self, session: Session, text: str) -> Source:
+    async def source(self, session: Session, text: str) -> Source:
+        """For whom a device speaks that names this id in its path: itself, or a child. Raises NotFound, Unavailable."""
         identity = session.identity
         if text == str(identity.device_id):
             return Source.of(identity, Transport.HTTPS)
         device_id = DeviceId(uuid_in_path(text, "device"))
-        if device_id != identity.device_id:
-            await self._check_child(session, device_id)
-            return Source(identity.tenant_id, device_id, Transport.HTTPS, via=identity.device_id)
-        return Source.of(identity, Transport.HTTPS)
-
-    async def _check_child(self, session: Session, device_id: DeviceId) -> None:
-        """Return if the device is a child of the session's; otherwise raise NotFound."""
-        now = asyncio.get_running_loop().time()
-        key = (session.device_id, device_id)
-        if self._children.get(key, 0.0) > now:
-            return
-        device = await self._registry.devices.get(session.tenant_id, device_id)
-        if device.gateway_id != session.device_id or device.status is DeviceStatus.INACTIVE:
-            raise NotFound("no such device in this tenant")
-        self._children[key] = now + CHILD_SECONDS
-        self._children.move_to_end(key)
-        if len(self._children) > MAX_CHILDREN:
-            self._children.popitem(last=False)
+        via = await self._registry.children.via(identity, device_id)
+        return Source(identity.tenant_id, device_id, Transport.HTTPS, via)
 
 
 def _converted(value: Json) -> _CborUplink:

@@ -12,7 +12,7 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
-from adapters.http.access import ACCESS, Public
+from adapters.http.access import ACCESS, DeviceOr, Public
 from adapters.http.errors import ErrorBody
 from adapters.http.operations import Media, Operation, Reply, path_parameters
 from registry.model import Json
@@ -24,6 +24,7 @@ _PATH_PARAMETERS: Final[Mapping[str, Json]] = {
     "device_id": {"type": "string", "format": "uuid"},
     "credential_id": {"type": "string", "format": "uuid"},
     "session_id": {"type": "string", "format": "uuid"},
+    "command_id": {"type": "string", "format": "uuid"},
     "profile_id": {"type": "string", "minLength": 1},
     "template_id": {"type": "string", "minLength": 1},
     "token_id": {"type": "string", "format": "uuid"},
@@ -38,6 +39,7 @@ _REFUSALS: Final[Mapping[int, tuple[str, str, str]]] = {
     404: ("NotFound", "NOT_FOUND: no such object in the caller's tenant", "NOT_FOUND"),
     409: ("AlreadyExists", "ALREADY_EXISTS", "ALREADY_EXISTS"),
     408: ("TooSlow", "INVALID_ARGUMENT: the request came too slowly", "INVALID_ARGUMENT"),
+    412: ("PreconditionFailed", "FAILED_PRECONDITION: If-Match names another version", "FAILED_PRECONDITION"),
     413: ("TooLarge", "INVALID_ARGUMENT: the body is larger than is served", "INVALID_ARGUMENT"),
     414: ("TargetTooLong", "INVALID_ARGUMENT: path and query are longer than is served", "INVALID_ARGUMENT"),
     415: ("UnsupportedMediaType", "INVALID_ARGUMENT: the body's type is not served", "INVALID_ARGUMENT"),
@@ -66,12 +68,15 @@ _SECURITY_SCHEMES: Final[Json] = {
     "ownCertificate": {"type": "mutualTLS", "description": "The certificate to be renewed, issued by this server"},
 }
 
+_OF_DEVICES: Final[Sequence[Json]] = ({"deviceBearer": []}, {"deviceKey": []}, {"deviceCertificate": []})
+
 _TAGS: Final[Sequence[tuple[str, str]]] = (
     ("Devices", "Registered by hand, read, changed, deleted"),
     ("Credentials", "Issued, rotated, revoked; secrets are shown once"),
     ("Profiles", "What devices of one type have in common"),
     ("Provisioning", "Templates, and the claim of a device off the line"),
     ("Uplinks", "What devices send, and what they have sent"),
+    ("Commands", "What goes down to devices: commands and configurations"),
     ("Sessions", "Who is connected"),
     ("Events", "What happened, and who did it"),
     ("Certificates", "Registration tokens, certificates of any issuer, the built-in authority and its lists"),
@@ -206,7 +211,7 @@ def _reply(reply: Reply, types: _Types) -> Json:
 def _refusals(each: Operation) -> list[int]:
     statuses = {400, 414, 429, 431, 500, 503, *each.refusals}
     match ACCESS.get(each.operation_id):
-        case Permission() | Public.DEVICE:
+        case Permission() | DeviceOr() | Public.DEVICE:
             statuses |= {401, 403}
         case Public.ENROLMENT | Public.RENEWAL:
             statuses.add(401)
@@ -241,7 +246,9 @@ def _security(each: Operation) -> Json:
         case Permission():
             return [{"operator": []}]
         case Public.DEVICE:
-            return [{"deviceBearer": []}, {"deviceKey": []}, {"deviceCertificate": []}]
+            return [*_OF_DEVICES]
+        case DeviceOr():
+            return [{"operator": []}, *_OF_DEVICES]
         case Public.ENROLMENT:
             return [{"enrolment": []}]
         case Public.RENEWAL:

@@ -253,7 +253,6 @@ class Server:
         finally:
             self._draining = True
             core.registry.sessions.drain()
-            core.registry.commands.drain()
             await self._drain(server)
 
     @asynccontextmanager

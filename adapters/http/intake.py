@@ -18,7 +18,6 @@ is acknowledged before it is stored; a full queue is UNAVAILABLE with Retry-Afte
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -56,11 +55,6 @@ from registry.payloads import (
 )
 from registry.sessions import Session
 from registry.uplinks import StoredUplink
-
-CHILD_SECONDS: Final = 5.0
-"""How long a gateway's child is remembered as its own."""
-MAX_CHILDREN: Final = 65_536
-"""Children remembered on a node; about 200 bytes each."""
 
 UPLINK: Final = BASE + "/devices/{device_id}/uplink"
 TELEMETRY: Final = BASE + "/telemetry"
@@ -161,7 +155,6 @@ class Intake:
         self._allowances = allowances
         self._observer = observer
         self._max_payload_bytes = max_payload_bytes
-        self._children: OrderedDict[tuple[DeviceId, DeviceId], float] = OrderedDict()
         self.counters = IntakeCounters()
 
     # -- the hot hook ----------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ from edge.postgres_cluster import (
     cluster_major,
     doorway,
     make_cluster,
+    owner_account,
     password,
     sweep_unfinished,
     write_durably,
@@ -252,6 +253,8 @@ class EmbeddedPostgres:
         account = choose_account(self._run_as)
         if major is not None:
             account = cluster_account(self._cluster, account)
+        elif self._run_as is None:
+            account = owner_account(self._data_dir) or account
         binaries = await self._find(major)
         programs = await asyncio.to_thread(reachable, binaries, account, self._data_dir)
         secret = password(self._data_dir, cluster_exists=major is not None)
@@ -262,7 +265,8 @@ class EmbeddedPostgres:
         await self._launch()
         holder = {"pid": os.getpid(), "socket_directory": str(sockets)}
         write_durably(self._announcement, json.dumps(holder))
-        logger.info("postgres.started pid=%s version=%s origin=%s", self.pid, programs.version, programs.origin)
+        fields = {"pid": self.pid, "version": programs.version, "origin": programs.origin}
+        logger.info("postgres.started", extra={"fields": fields})
 
     async def _find(self, major: int | None) -> PostgresBinaries:
         if self._chosen is None:
@@ -330,7 +334,7 @@ class EmbeddedPostgres:
             down = loop.time()
             self.ready.clear()
             self.crashed.set()
-            logger.error("postgres.exited pid=%d reason=%r", child.pid, _ending(status))
+            logger.error("postgres.exited", extra={"fields": {"pid": child.pid, "reason": _ending(status)}})
             tries = 0 if down - since > STEADY_SECONDS else tries
             while not self.ready.is_set():
                 await asyncio.sleep(BACK_OFF[min(tries, len(BACK_OFF) - 1)])
@@ -338,9 +342,10 @@ class EmbeddedPostgres:
                 try:
                     await self._launch()
                 except Exception as error:  # the supervisor lives as long as the server does
-                    logger.error("postgres.restart_failed try=%d reason=%r", tries, str(error))
+                    logger.error("postgres.restart_failed", extra={"fields": {"try": tries, "reason": str(error)}})
             self.restarts += 1
-            logger.warning("postgres.restarted pid=%s after_ms=%d", self.pid, (loop.time() - down) * 1000)
+            fields = {"pid": self.pid, "after_ms": round((loop.time() - down) * 1000)}
+            logger.warning("postgres.restarted", extra={"fields": fields})
 
     async def _end_child(self) -> None:
         child = self._child
@@ -354,7 +359,7 @@ class EmbeddedPostgres:
                 try:
                     await child.exited(within=seconds)
                 except TimeoutError:
-                    logger.warning("postgres.stop_slow pid=%d signal=%s", child.pid, number.name)
+                    logger.warning("postgres.stop_slow", extra={"fields": {"pid": child.pid, "signal": number.name}})
             await child.drained(within=1.0)
         finally:
             child.send(signal.SIGQUIT)  # only if we were cancelled: it must not stay
@@ -533,7 +538,7 @@ def _remove_socket_directory(data_dir: Path) -> None:
             try:
                 target.rmdir()
             except OSError:
-                logger.warning("postgres.socket_directory_left path=%r", str(target))
+                logger.warning("postgres.socket_directory_left", extra={"fields": {"path": str(target)}})
         place.unlink()
     else:
         shutil.rmtree(place, ignore_errors=True)

@@ -14,6 +14,7 @@ difference. Elsewhere than on Linux the account must be able to walk there.
 """
 
 import os
+import pwd
 import secrets
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from edge.postgres_binaries import Account, PostgresBinaries, PostgresUnavailable
 from edge.postgres_process import BoundedLog, ChildProcess
+from registry import file_ownership
 
 SUPERUSER = "gatehouse"
 INITDB_SECONDS = 300.0  # it takes one; a slow SD card takes some tens
@@ -87,6 +89,17 @@ def cluster_account(cluster: Path, account: Account | None) -> Account | None:
     return Account(str(status.st_uid), status.st_uid, status.st_gid)
 
 
+def owner_account(data_dir: Path) -> Account | None:
+    """Who should run a new cluster when root makes it in somebody else's directory: that user, if it has a name."""
+    status = data_dir.stat()
+    if os.geteuid() != 0 or status.st_uid == 0:
+        return None
+    try:
+        return Account(pwd.getpwuid(status.st_uid).pw_name, status.st_uid, status.st_gid)
+    except KeyError:  # initdb wants a name
+        return None
+
+
 def password(data_dir: Path, *, cluster_exists: bool) -> str:
     """The superuser's password, made at the first start. Raises PostgresUnavailable if a cluster has lost its own."""
     path = data_dir / "secrets" / "postgres-password"
@@ -98,7 +111,7 @@ def password(data_dir: Path, *, cluster_exists: bool) -> str:
         raise PostgresUnavailable(f"cannot read {path}: {error.strerror}") from error
     if cluster_exists:
         raise PostgresUnavailable(f"{path} is missing; restore it, the database cannot be opened without it")
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    file_ownership.folder(path.parent)
     fresh = secrets.token_urlsafe(32)
     write_durably(path, fresh + "\n")
     return fresh
@@ -107,7 +120,7 @@ def password(data_dir: Path, *, cluster_exists: bool) -> str:
 def write_durably(path: Path, text: str) -> None:
     """Put `text` at `path`, 0600, whole or not at all, surviving a power cut."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = file_ownership.new_file(beside, os.O_WRONLY)
     try:
         os.write(descriptor, text.encode())
         os.fsync(descriptor)

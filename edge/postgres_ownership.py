@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from registry import file_ownership
+
 Role = Literal["serve", "command"]
 
 OWNER_FILE = "owner.lock"
@@ -57,7 +59,7 @@ class FileLock:
     """One flock on one open file. Not inherited by children: descriptors of Python close on exec."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        self._descriptor = file_ownership.file(path, os.O_RDWR)
 
     def take(self, *, shared: bool = False) -> bool:
         """Try once, without blocking."""

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Literal, TypeVar
 
 from edge.postgres_binaries import Account, PostgresUnavailable
+from registry import file_ownership
 
 Guard = Literal["prctl", "watch"]
 Told = TypeVar("Told")
@@ -76,7 +77,7 @@ class BoundedLog:
             return "\n".join(self._tail)
 
     def _append(self, line: bytes) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        descriptor = file_ownership.file(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             full = os.fstat(descriptor).st_size + len(line) > self._limit
             if not full:

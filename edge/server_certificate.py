@@ -28,6 +28,7 @@ from certs.issuing import BadServerName
 from certs.keys import generate_p256
 from certs.renewal import needs_renewal
 from edge.config import Config
+from registry import file_ownership
 from registry.certificates import Certificates
 from registry.errors import FailedPrecondition
 from registry.trust import Trust
@@ -61,7 +62,9 @@ class ServerCertificate:
         if active is self._written:
             return False
         temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-        temporary.write_bytes(self._certificates.chain_pem())
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(file_ownership.new_file(temporary, os.O_WRONLY), "wb") as file:
+            file.write(self._certificates.chain_pem())
         temporary.chmod(0o644)
         temporary.replace(path)
         self._written = active

@@ -27,6 +27,7 @@ from types import MappingProxyType
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from registry import file_ownership
 from registry.secrets import RandomBytes, Secret
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,7 @@ def _load(path: Path, read_again: Callable[[], KeyRing | None] | None = None) ->
 
 def save(ring: KeyRing, path: Path) -> None:
     """Write the ring over the one at `path`, all or nothing."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file_ownership.folder(path.parent)
     temporary = _write_beside(ring, path)
     os.replace(temporary, path)
     _sync(path.parent)
@@ -247,7 +248,7 @@ def save(ring: KeyRing, path: Path) -> None:
 
 def _create(path: Path) -> None:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file_ownership.folder(path.parent)
         temporary = _write_beside(KeyRing.generate(), path)
         try:
             os.link(temporary, path)
@@ -263,7 +264,7 @@ def _create(path: Path) -> None:
 def _write_beside(ring: KeyRing, path: Path) -> Path:
     temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
     temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = file_ownership.new_file(temporary, os.O_WRONLY)
     with os.fdopen(descriptor, "w") as file:
         file.write(ring.to_json().reveal())
         file.flush()

@@ -37,7 +37,6 @@ MAXIMUM_CHAIN_BYTES: Final = 128 * 1024
 MAXIMUM_CHAIN_LENGTH: Final = 16
 """TLS stacks stop at about ten; a bundle of several generations of authorities may be a little longer."""
 _MINIMUM_RSA_BITS = 2048  # OpenSSL's security level 2, the default, refuses shorter ones in the handshake
-_MIME_LINE = 76  # RFC 2045 §6.8
 # Of Diffie-Hellman keys the library says a warning, which is an exception where warnings are errors: they are refused
 # either way.
 _UNREADABLE: Final = (
@@ -155,9 +154,12 @@ def pkcs7_der(certificates: Sequence[bytes]) -> bytes:
 
 
 def pkcs7_base64(certificates: Sequence[bytes]) -> bytes:
-    """The same in base64 with lines of 76 characters, as EST carries it over HTTPS (RFC 7030 §4.1.3)."""
-    text = base64.b64encode(pkcs7_der(certificates))
-    return b"\r\n".join(text[at : at + _MIME_LINE] for at in range(0, len(text), _MIME_LINE)) + b"\r\n"
+    """The same in base64, as EST carries it over HTTPS (RFC 7030 §4.1.3).
+
+    Line breaks are free (RFC 8951 §3.2). These are lines of 76 characters that end with LF: OpenSSL's reader wants
+    lines, and `base64 -d` takes no CR.
+    """
+    return base64.encodebytes(pkcs7_der(certificates))
 
 
 def read_foreign_certificate(pem: bytes) -> ForeignCertificate:

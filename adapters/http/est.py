@@ -15,10 +15,10 @@ Re-enrolment. The client certificate of the TLS connection decides and nothing e
 (§4.2.2); the same key renews, another one rekeys. It opens no session, and headers with credentials are not looked at.
 
 Bodies. A request is PKCS#10 in base64 with or without line breaks (§4.2.1, §4); DER and PEM are taken, too, because
-they cannot be mistaken for it and openssl makes them. Answers are PKCS#7 certs-only in base64 (§4.1.3, §4.2.3), with
-the issued certificate alone; the chain is at cacerts. Refusals are the JSON that every refusal of this server is;
-§4.2.3 leaves their type free. 202 is never answered: whoever may enrol is enrolled at once. Full CMC and keys made by
-the server (§4.3, §4.4) are not served.
+they cannot be mistaken for it and openssl makes them (line breaks are free by RFC 8951 §3.2). Answers are PKCS#7 certs-
+only in base64 (§4.1.3, §4.2.3), with the issued certificate alone; the chain is at cacerts. Refusals are the JSON that
+every refusal of this server is; §4.2.3 leaves their type free. 202 is never answered: whoever may enrol is enrolled at
+once. Full CMC and keys made by the server (§4.3, §4.4) are not served.
 
 No state. Below /api/v1 there is nothing of this, since clients know these paths by heart (§3.2.2).
 """
@@ -91,7 +91,7 @@ async def ca_certificates(request: ApiRequest) -> Response[bytes]:
 async def csr_attributes(request: ApiRequest) -> Response[bytes]:
     """GET /.well-known/est/csrattrs"""
     del request
-    return Response(base64.b64encode(_SUGGESTED) + b"\r\n", media_type=CSR_ATTRIBUTES, headers=dict(_BASE64))
+    return Response(base64.encodebytes(_SUGGESTED), media_type=CSR_ATTRIBUTES, headers=dict(_BASE64))
 
 
 @operation(

@@ -1,4 +1,4 @@
-"""README and quick start, word for word: their commands run in order against a server and must do what they say."""
+"""Pages for newcomers, word for word: their commands run in order against a server and must do what they say."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def port(tmp_path: Path) -> Iterator[int]:
     """`gatehouse serve` on the data directory that the README names; the port that its ready line tells."""
     command = [sys.executable, "-m", "edge", "serve", "--data-dir", str(tmp_path / "gatehouse-data")]
-    environment = _environment(tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_OPS__PORT="0")
+    environment = _environment(tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_MQTT__PORT="0", GATEHOUSE_OPS__PORT="0")
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as server,
@@ -50,8 +50,8 @@ def _blocks(page: str) -> list[str]:
 
 def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, port: int) -> None:
     bash = shutil.which("bash")
-    if bash is None or shutil.which("curl") is None:
-        pytest.skip("bash and curl are needed")
+    if bash is None or shutil.which("curl") is None or shutil.which("openssl") is None:
+        pytest.skip("bash, curl and openssl are needed")
     program = tmp_path / "bin" / "gatehouse"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m edge "$@"\n')
@@ -59,7 +59,7 @@ def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, port
 
     start, *readme = _blocks("README.md")
     assert "gatehouse serve" in start
-    blocks = [*readme, *_blocks("docs/quick-start.md")]
+    blocks = [*readme, *_blocks("docs/quick-start.md"), *_blocks("docs/certificates.md")]
     script = "\n".join(f"{block}\necho '#### end {number}'" for number, block in enumerate(blocks))
     script = "set -euo pipefail\n" + script.replace("localhost:8443", f"localhost:{port}")
     done = subprocess.run(
@@ -87,3 +87,14 @@ def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, port
     assert revoked.endswith("401\n")
     assert "credential.revoked" in timeline
     assert '"events"' in events
+
+    token, verified, mutual, registered, ended, enrolled = said[11:17]
+    assert token == ""
+    assert verified == "pump.pem: OK\n"
+    assert mutual.endswith(" 202\n")
+    assert '"origin":"foreign"' in registered
+    assert registered.endswith(" 202\n")
+    assert '"transport"' not in ended  # nobody was connected
+    assert " 401\n" in ended
+    assert "Serial Number" in ended
+    assert enrolled.startswith("issuer=")

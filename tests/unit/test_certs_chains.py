@@ -94,6 +94,7 @@ def test_openssl_reads_our_pkcs7(tmp_path: Path) -> None:
     assert set(unbundle(read.stdout)) == set(ders)
     assert base64.b64decode(pkcs7_base64(ders)) == pkcs7_der(ders)
     assert max(map(len, pkcs7_base64(ders).splitlines())) == 76
+    assert b"\r" not in pkcs7_base64(ders)
 
 
 def test_a_foreign_certificate_is_described() -> None:

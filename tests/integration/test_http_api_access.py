@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from litestar.handlers import HTTPRouteHandler
 
-from adapters.http.access import ACCESS, Public
+from adapters.http.access import ACCESS, DeviceOr, Public
 from adapters.http.app import operations
 from registry.permissions import Permission, Role
 from tests.http_api import BASE, Api, api  # noqa: F401  # a fixture
@@ -22,6 +22,8 @@ BODIES: dict[str, Any] = {
     "CreateProfile": {"name": "a"},
     "CreateTemplate": {"name": "a"},
     "CreateRegistrationToken": {"name": "a"},
+    "QueueCommand": {"method": "stolen"},
+    "PutDeviceConfig": {"config": {"stolen": True}},
     "RegisterDeviceCert": {"certificate": make_certificate("stolen").pem.decode()},
 }
 
@@ -29,6 +31,8 @@ BODIES: dict[str, Any] = {
 def of_operators() -> Iterator[tuple[str, str, str, Permission]]:
     for each in operations():
         access = ACCESS[each.operation_id]
+        if isinstance(access, DeviceOr):
+            access = access.permission
         if isinstance(access, Permission):
             yield each.operation_id, each.method, BASE + each.path, access
 
@@ -42,7 +46,13 @@ def test_every_operation_has_its_line() -> None:
     assert {each for each, access in ACCESS.items() if access is Public.CLAIM} == {"Provision", "ProvisionDevice"}
     assert {each for each, access in ACCESS.items() if access is Public.ENROLMENT} == {"EstSimpleEnroll"}
     assert {each for each, access in ACCESS.items() if access is Public.RENEWAL} == {"EstSimpleReenroll"}
-    assert {each for each, access in ACCESS.items() if access is Public.DEVICE} == {"SendUplink", "SendTelemetry"}
+    down = {"NextCommand", "AnswerCommand", "ReportDeviceConfig", "AttachChild"}
+    assert {each for each, access in ACCESS.items() if access is Public.DEVICE} == {
+        "SendUplink",
+        "SendTelemetry",
+        *down,
+    }
+    assert {each for each, access in ACCESS.items() if isinstance(access, DeviceOr)} == {"GetDeviceConfig"}
 
 
 async def test_an_operation_without_a_line_is_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -106,6 +116,8 @@ async def made_objects(api: Api) -> dict[str, str]:  # noqa: F811
         pem = make_certificate("device").pem.decode()
         path = f"{BASE}/devices/{holder['device_id']}/certs"
         certificate = (await admin.post(path, json={"certificate": pem})).json()
+        path = f"{BASE}/devices/{device['device_id']}/commands"
+        command = (await admin.post(path, json={"method": "reboot"})).json()
     return {
         "device_id": device["device_id"],
         "credential_id": device["credential_id"],
@@ -113,6 +125,7 @@ async def made_objects(api: Api) -> dict[str, str]:  # noqa: F811
         "template_id": template["template_id"],
         "token_id": token["token_id"],
         "fingerprint": certificate["fingerprint"],
+        "command_id": command["command_id"],
         "session_id": "3a9f1d22-6b4c-4e8a-bf21-90c7e5d4a118",
     }
 

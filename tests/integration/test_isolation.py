@@ -22,7 +22,12 @@ from tests.http_api import BASE, Api, Https, running_api, serving
 from tests.tls_peers import make_certificate
 
 METHODS = ("get", "post", "put", "delete")
-DEVICE_OPERATIONS = ("/devices/{device_id}/uplink",)
+DEVICE_OPERATIONS = (
+    "/devices/{device_id}/uplink",
+    "/devices/{device_id}/commands/next",
+    "/devices/{device_id}/commands/{command_id}/response",
+    "/devices/{device_id}/config/reported",
+)
 """Operations of devices with an id in the path: they are asked by a device of tenant B."""
 
 
@@ -71,6 +76,8 @@ async def make_world(https: Https, slug: str) -> tuple[World, httpx.AsyncClient]
         pem = make_certificate(mark).pem.decode()
         path = f"{BASE}/devices/{holder['device_id']}/certs"
         registered = await expect(201, operator.post(path, json={"certificate": pem}))
+        path = f"{BASE}/devices/{device['device_id']}/commands"
+        command = await expect(201, operator.post(path, json={"method": "reboot"}))
     ids = {
         "profile_id": f"p-{mark}",
         "template_id": template["template_id"],
@@ -79,6 +86,7 @@ async def make_world(https: Https, slug: str) -> tuple[World, httpx.AsyncClient]
         "session_id": sessions["sessions"][0]["session_id"],
         "token_id": token["token_id"],
         "fingerprint": registered["fingerprint"],
+        "command_id": command["command_id"],
     }
     fields = {"certificate": make_certificate(f"{mark} second").pem.decode()}
     return World(slug, ids, device["api_key"], psk_device["device_id"], fields), connected

@@ -57,7 +57,7 @@ async def https(dsn: str) -> AsyncIterator[Https]:
 
 CONFIGURATION = """
 [checks]
-negative_data_rejection.expected-statuses = [400, 401, 403, 404, 405, 413, 414, 415, 429, 431]
+negative_data_rejection.expected-statuses = [400, 401, 403, 404, 405, 412, 413, 414, 415, 429, 431]
 
 [generation]
 with-security-parameters = false
@@ -85,6 +85,7 @@ async def objects(https: Https) -> dict[str, str]:
         pem = make_certificate(uuid4().hex).pem.decode()
         path = f"{BASE}/devices/{holder['device_id']}/certs"
         certificate = (await admin.post(path, json={"certificate": pem})).json()
+        command = (await admin.post(f"{BASE}/devices/{device['device_id']}/commands", json={"method": "a"})).json()
     return {
         "device_id": device["device_id"],
         "credential_id": device["credential_id"],
@@ -92,6 +93,7 @@ async def objects(https: Https) -> dict[str, str]:
         "template_id": template["template_id"],
         "token_id": token["token_id"],
         "fingerprint": certificate["fingerprint"],
+        "command_id": command["command_id"],
     }
 
 
@@ -165,8 +167,12 @@ async def test_operators_operations(https: Https, tmp_path: Path) -> None:
 @pytest.mark.timeout(SECONDS * 2 + 30)
 async def test_devices_operations(https: Https, tmp_path: Path) -> None:
     device = await https.api.registered()
+    async with https.operator() as admin:
+        path = f"{BASE}/devices/{device['device_id']}/commands"
+        command = (await admin.post(path, json={"method": "a"})).json()
     configuration = tmp_path / "schemathesis.toml"
-    configuration.write_text(CONFIGURATION.format(parameters=as_toml({"device_id": device["device_id"]})))
+    known = as_toml({"device_id": device["device_id"], "command_id": command["command_id"]})
+    configuration.write_text(CONFIGURATION.format(parameters=known + '\n"query.wait" = 0'))
     included = [part for each in DEVICES_OWN for part in ("--include-operation-id", each)]
     await explored(https, configuration, device["api_key"], *included)
     assert https.server.counters.app_failures == 0

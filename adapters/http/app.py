@@ -13,13 +13,14 @@ what it has begun.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from litestar import Litestar, Router
 from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
+from litestar.response import Response
 
 from adapters.http import (
     audit,
@@ -44,7 +45,7 @@ from adapters.http.allowances import LOOK_UPS_PER_FAILURE, Allowances
 from adapters.http.api_request import CLEANUP, HEAD, ApiRequest, Cleanup, Service, guard
 from adapters.http.authentication import Authentication
 from adapters.http.device_sessions import DeviceSessions
-from adapters.http.errors import handle
+from adapters.http.errors import allowed, handle
 from adapters.http.events import Streams
 from adapters.http.exchange import AsgiApp, Message, Scope
 from adapters.http.intake import Intake, Observer
@@ -155,11 +156,13 @@ def create_app(registry: Registry, settings: HttpApiSettings, observer: Observer
         intake=intake,
         streams=Streams(total=settings.sse_streams, per_tenant=settings.sse_streams_per_tenant),
     )
+    pages = docs.routes(document(operations()))
     litestar = Litestar(
         route_handlers=[
-            Router(BASE, route_handlers=list(_ROUTES)),
-            Router(est.BASE, route_handlers=list(_EST_ROUTES)),
-            *docs.routes(document(operations())),
+            Router(BASE, route_handlers=[*_options(_ROUTES), *_ROUTES]),
+            Router(est.BASE, route_handlers=[*_options(_EST_ROUTES), *_EST_ROUTES]),
+            *_options(pages),
+            *pages,
         ],
         request_class=ApiRequest,
         guards=[guard],
@@ -177,6 +180,23 @@ def create_app(registry: Registry, settings: HttpApiSettings, observer: Observer
 def operations() -> list[Operation]:
     """Every operation, in the order of the document."""
     return [cast(Operation, route.opt["operation"]) for route in (*_ROUTES, *_EST_ROUTES)]
+
+
+def _options(routes: Iterable[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
+    """What answers OPTIONS on the paths of `routes`. Litestar's own would tell the first method of each path only."""
+    methods: dict[str, set[str]] = {}
+    for route in routes:
+        for path in route.paths:
+            methods.setdefault(path, set()).update(route.http_methods)
+    return [_options_of(path, allowed(served)) for path, served in methods.items()]
+
+
+def _options_of(path: str, methods: str) -> HTTPRouteHandler:
+    @HTTPRouteHandler(path, http_method="OPTIONS", include_in_schema=False, sync_to_thread=False)
+    def options() -> Response[None]:
+        return Response(None, status_code=204, headers={"allow": methods})
+
+    return options
 
 
 class _Front:

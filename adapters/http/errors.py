@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -120,6 +120,12 @@ def handle(request: Any, error: Exception) -> Response[bytes]:
     return Response(answer.body, status_code=answer.status, media_type="application/json", headers=headers)
 
 
+def allowed(methods: Iterable[str]) -> str:
+    """The Allow header of a path that serves `methods`: OPTIONS is served everywhere, HEAD wherever GET is."""
+    named = {method for method in methods if method} | {"OPTIONS"}
+    return ", ".join(sorted(named | {"HEAD"} if "GET" in named else named))
+
+
 def invalid_json(error: Exception) -> InvalidArgument:
     """What msgspec, or Python's decoder, has against a body, in a sentence for the caller."""
     match error:
@@ -174,17 +180,15 @@ def _of_litestar(error: HTTPException) -> Problem:
         case 404:
             return Problem(404, code, "there is nothing at this path")
         case 405:
-            allow = (error.headers or {}).get("allow", "")
-            return Problem(405, code, f"the method is not served here; allowed are {allow}", _allow(allow))
+            methods = allowed((error.headers or {}).get("allow", "").split(", "))
+            # RFC 9110 §15.5.6: a 405 names what is allowed.
+            return Problem(
+                405, code, f"the method is not served here; allowed are {methods}", ((b"allow", methods.encode()),)
+            )
         case 413:
             return Problem(413, code, "the body is larger than is served")
         case _:
             return Problem(status, code, _cut(error.detail or "the request is not understood"))
-
-
-def _allow(methods: str) -> HeaderList:
-    # RFC 9110 §15.5.6: a 405 names what is allowed.
-    return ((b"allow", methods.encode()),) if methods else ()
 
 
 def _headers(error: RegistryError) -> HeaderList:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -423,8 +424,9 @@ def test_a_roll_over_beside_the_running_server(site: Site) -> None:
     issuer = site.new("issuer.pem")
     issuer.write_text(_blocks(after["ca_chain"])[0])
     assert fingerprint_of(issuer).replace(":", "").lower() == told["active"]
-    _wait_for_another(site.chain, chain_before)
+    _wait_until(lambda: site.chain.read_text() != chain_before, "the file of what to trust stayed as it was")
     assert _blocks(site.chain.read_text())[-1] == _blocks(chain_before)[-1]  # the root stays
+    _wait_until(lambda: _shown_issuer(site) == told["active"], "the server's own certificate is not the new issuer's")
     for certificate in (old, new):
         assert site.verify(certificate).stdout.endswith(b": OK\n")
     assert site.uplink(before["device_id"], old, key) == 202
@@ -438,12 +440,22 @@ def test_a_roll_over_beside_the_running_server(site: Site) -> None:
     site.curl("GET", f"/ca/crl?issuer={'00' * 32}", expect=404)
 
 
-def _wait_for_another(path: Path, text: str, attempts: Sequence[int] = range(100)) -> None:
-    for _ in attempts:
-        if path.read_text() != text:
+def _shown_issuer(site: Site) -> str:
+    """The fingerprint of the authority that comes with the server's own certificate."""
+    where = f"localhost:{site.ports['https']}"
+    said = run("openssl", "s_client", "-connect", where, "-CAfile", site.chain, "-showcerts", data=b"").decode()
+    _, issuer, *_ = re.findall(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n", said, re.DOTALL)
+    path = site.new("shown.pem")
+    path.write_text(issuer)
+    return fingerprint_of(path).replace(":", "").lower()
+
+
+def _wait_until(holds: Callable[[], bool], otherwise: str) -> None:
+    for _ in range(100):
+        if holds():
             return
         subprocess.run(["sleep", "0.1"], check=True)
-    raise AssertionError(f"{path} did not change")
+    raise AssertionError(otherwise)
 
 
 def _pkcs7(raw: bytes) -> bytes:

@@ -575,6 +575,20 @@ class Limits(Section, frozen=True, kw_only=True):
     sse_streams_per_tenant: Annotated[
         int, Meta(ge=1, le=1_000_000, description="The same for one tenant, so that one cannot take them all.")
     ] = 100
+    commands_per_device: Annotated[
+        int,
+        Meta(ge=1, le=100_000, description="Commands of one device that are not finished. Nobody means more for one."),
+    ] = 1_000
+    command_waits: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000, description="HTTP polls that wait for a command, about 10 KB each."),
+    ] = 20_000
+    children_per_gateway: Annotated[
+        int,
+        Meta(
+            ge=1, le=1_000_000, description="Children that a gateway may attach: the largest radio networks behind one."
+        ),
+    ] = 10_000
 
 
 class Telemetry(Section, frozen=True, kw_only=True):
@@ -594,8 +608,8 @@ class Telemetry(Section, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=36_500,
-            description="Days of events, and so of device timelines. Whoever follows events by cursor must come back "
-            "within them. 0 keeps everything.",
+            description="Days of events, and so of device timelines, and of finished commands. Whoever follows events "
+            "by cursor must come back within them. 0 keeps everything.",
         ),
     ] = 90
     audit_days: Annotated[

@@ -24,7 +24,7 @@ from edge.config import Config
 from edge.postgres import attach_or_start
 from registry.certificates import Certificates, ForeignCertificates
 from registry.children import Children
-from registry.commands import Commands
+from registry.commands import CommandLimits, Commands
 from registry.core import Registry
 from registry.credentials import Credentials
 from registry.device_config import DeviceConfigs
@@ -148,7 +148,17 @@ def build(
     credentials = Credentials(
         database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, issuer=certificates
     )
-    commands = Commands(database, clock=clock, random=random, feed=feed, observer=observer)
+    commands = Commands(
+        database,
+        clock=clock,
+        random=random,
+        feed=feed,
+        limits=CommandLimits(
+            unfinished=config.limits.commands_per_device,
+            waits=config.limits.command_waits,
+        ),
+        observer=observer,
+    )
     device_configs = DeviceConfigs(database, clock=clock, feed=feed)
     children = Children(
         database,
@@ -156,6 +166,7 @@ def build(
         random=random,
         feed=feed,
         feed_trusted=lambda: feed.trusted,
+        max_children=config.limits.children_per_gateway,
         observer=observer,
     )
     for follower in (commands, device_configs, children):

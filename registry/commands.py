@@ -79,12 +79,10 @@ _METHOD = re.compile(METHOD)
 
 @dataclass(frozen=True, slots=True)
 class CommandLimits:
-    """What commands may take up."""
+    """What commands may take up. An answer may be as large as an uplink's payload; who reads it checks that."""
 
     params_bytes: int = 32_768
     """JSON of `params`: what a constrained device can be expected to take, with room to spare."""
-    result_bytes: int = 262_144
-    """JSON of an answer: as an uplink's payload."""
     unfinished: int = 1_000
     """Commands of one device: above what any operator has in mind for one that is away for a day."""
     window: int = 16

@@ -41,6 +41,7 @@ class RetentionSettings:
     retention_days: int = 90
     """Uplinks, readings and message ids."""
     event_days: int = 90
+    """Events, and commands from when they were finished."""
     audit_days: int = 0
 
 
@@ -110,6 +111,7 @@ class Retention:
             due.append((Prunable.UPLINK_MESSAGE, partitions.first_moment(self._oldest_kept(now))))
         if self._settings.event_days > 0:
             due.append((Prunable.EVENT, now - timedelta(days=self._settings.event_days)))
+            due.append((Prunable.COMMAND, now - timedelta(days=self._settings.event_days)))
         if self._settings.audit_days > 0:
             due.append((Prunable.AUDIT, now - timedelta(days=self._settings.audit_days)))
         return due

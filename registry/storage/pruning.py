@@ -20,6 +20,7 @@ class Prunable(Enum):
     EVENT = "event"
     AUDIT = "audit"
     TEARDOWN_REPORT = "teardown_report"
+    COMMAND = "command"
 
 
 async def clock(connection: Connection) -> datetime:
@@ -50,5 +51,9 @@ _STATEMENTS = {
     Prunable.TEARDOWN_REPORT: """
         DELETE FROM teardown_report WHERE (event_seq, node_id) IN (
             SELECT event_seq, node_id FROM teardown_report WHERE reported_at < $1 ORDER BY reported_at LIMIT $2)
+        """,
+    Prunable.COMMAND: """
+        DELETE FROM command WHERE seq = ANY (ARRAY (
+            SELECT seq FROM command WHERE finished_at < $1 ORDER BY finished_at LIMIT $2))
         """,
 }

@@ -216,7 +216,9 @@ async def test_a_stranger_table_with_a_similar_name_is_left_alone(database: Data
     assert (await Retention(database, RetentionSettings()).run_once(now)).dropped == []
 
 
-async def test_old_rows_go_in_chunks_and_young_ones_stay(database: Database, tenant_id: TenantId) -> None:
+async def test_old_rows_go_in_chunks_and_young_ones_stay(
+    database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
     async with database.connection() as connection:
         now = await connection.fetchval("SELECT now()")
         for table in ("event", "audit"):
@@ -226,9 +228,19 @@ async def test_old_rows_go_in_chunks_and_young_ones_stay(database: Database, ten
             "VALUES ($1, 'n', $2, '[]', 0)",
             [(n, now - timedelta(hours=n)) for n in (26, 25, 23, 0)],
         )
+        finished = [now - timedelta(days=n) for n in (95, 94, 91, 89, 1)]
+        await connection.executemany(
+            "INSERT INTO command (command_id, tenant_id, device_id, method, params, status, created_by, created_at, "
+            "expires_at, finished_at) VALUES ($1, $2, $3, $4, '{}', $5, 'a', $6, $6, $7)",
+            [(uuid4(), tenant_id, device_id, f"m{n}", "expired", at, at) for n, at in enumerate(finished, 1)]
+            + [(uuid4(), tenant_id, device_id, "unfinished", "queued", finished[0], None)],
+        )
     settings = RetentionSettings(event_days=90, audit_days=90)
     report = await Retention(database, settings, chunk_rows=2).run_once(now)
-    assert report.deleted == {"event": 5, "audit": 5, "teardown_report": 2}
+    assert report.deleted == {"event": 5, "audit": 5, "teardown_report": 2, "command": 3}
+    async with database.connection() as connection:
+        left = [row["method"] for row in await connection.fetch("SELECT method FROM command ORDER BY method")]
+    assert left == ["m4", "m5", "unfinished"]
     assert [await count(database, table) for table in ("event", "audit", "teardown_report")] == [3, 3, 2]
     assert (await Retention(database, settings, chunk_rows=2).run_once(now)).deleted == {}
 

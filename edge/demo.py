@@ -46,6 +46,7 @@ from registry.permissions import Role
 TENANT_SLUG = "demo"
 TOKEN_LIFETIME = timedelta(hours=12)
 FAILED = 1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def tell(config: Config, *, once: bool) -> int:
@@ -82,9 +83,11 @@ async def tell(config: Config, *, once: bool) -> int:
             stage.heading(f"All {len(STEPS)} steps held.")
             if not once:
                 _print_commands(stage, config, site, story.devices["thermometer"])
-                await _until_told_to_stop()
+                await _until_told_to_stop(server)
         finally:
             await server.stop()
+            for number in _SIGNALS:  # not before: one that comes while it stops would be a crash
+                asyncio.get_running_loop().remove_signal_handler(number)
     return 0
 
 
@@ -195,14 +198,18 @@ def _own_command() -> str:
     return shlex.quote(str(beside))
 
 
-async def _until_told_to_stop() -> None:
+async def _until_told_to_stop(server: Server) -> None:
+    """Wait for the first signal; the next one hurries, as with `serve`. The caller removes the handlers."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+
+    def asked() -> None:
+        if stop.is_set():
+            server.hurry()
+        stop.set()
+
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, asked)
     await stop.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.remove_signal_handler(number)
 
 
 async def _site(config: Config, port: int) -> Site:

@@ -418,8 +418,8 @@ class Limits(Section, frozen=True, kw_only=True):
         Meta(
             ge=1,
             le=1_000_000,
-            description="Complete HTTP requests being answered at once, event streams included; beyond it 503. What "
-            "the database does not get done in a few seconds only makes everybody wait longer.",
+            description="Complete HTTP requests being answered at once, without event streams and polls that wait; "
+            "beyond it 503. What the database does not get done in a few seconds only makes everybody wait longer.",
         ),
     ] = 4096
     tls_handshake_seconds: Annotated[

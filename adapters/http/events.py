@@ -240,6 +240,8 @@ async def stream_events(request: ApiRequest) -> Response[bytes] | Stream:
         await content.aclose()  # type: ignore[attr-defined]  # it is a generator
 
     request.on_end(leave)
+    if request.connection is not None:
+        request.connection.rest()  # streams have a limit of their own, and hold none of the places of requests
     return Stream(content, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 

@@ -220,6 +220,7 @@ async def test_the_stream_tells_what_happens_and_resumes(one: Https) -> None:
         stream = Stream(response)
         first = await stream.message()
         assert set(first) == {"retry", "id"}
+        assert (one.api.http.service.streams.open, one.server.in_flight) == (1, 0)
         made = await one.api.registered("HW-1")
         told = await stream.message()
         assert told["event"] == "device.registered"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -347,9 +348,14 @@ def come_with_an_own_key(story: Story) -> None:
 
 
 def _explain(story: Story, device: Held) -> None:
-    """The device learned nothing; the operator sees why."""
-    events = story.ask("GET", f"/devices/{device.device_id}/timeline", expect=200)["events"]
-    kinds = [each["kind"] for each in events]
+    """The device learned nothing; the operator sees why. Closed sessions are recorded just after they are closed."""
+    deadline = time.monotonic() + CLOSE_SECONDS
+    while True:
+        events = story.ask("GET", f"/devices/{device.device_id}/timeline", expect=200)["events"]
+        kinds = [each["kind"] for each in events]
+        if set(TOLD_AT_THE_END) <= set(kinds) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     for kind in TOLD_AT_THE_END:
         require(kind in kinds, f"the timeline has no {kind}; it has {', '.join(kinds)}")
     for event in reversed([each for each in events if each["kind"] in TOLD_AT_THE_END]):

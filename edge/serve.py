@@ -393,6 +393,9 @@ async def serve(config: Config) -> int:
         log.info("node.draining", extra={"fields": {"node": config.node.id}})
         await server.stop()
         log.info("node.stopped", extra={"fields": {"node": config.node.id}})
+    for number in (signal.SIGTERM, signal.SIGINT):  # what comes now has been done: it must not change the exit code
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 

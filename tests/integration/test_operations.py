@@ -88,7 +88,7 @@ async def test_metrics_move_with_what_happens(tmp_path: Path) -> None:
     assert moved("gatehouse_http_request_seconds_count", route=route, method="POST") >= stored
     assert moved("gatehouse_tls_connections_total", transport="https", outcome="established") >= 8
     hit = {limit.value for limit in Limit if moved("gatehouse_limits_hit_total", limit=limit.value)}
-    unreached = {"connections", "sessions", "tenant_requests", "open_requests", "failed_authentications"}
+    unreached = {"connections", "sessions", "tenant_requests", "open_requests", "requests", "failed_authentications"}
     unreached |= {"commands", "command_waits", "children"}  # by a thousand and more; their own tests reach them
     assert hit == {limit.value for limit in Limit} - unreached
     assert value(after, "gatehouse_sessions_open", transport="https") == 0

@@ -18,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
@@ -49,6 +50,8 @@ from registry.certificates import Certificates
 from registry.core import Registry
 from registry.errors import Unavailable
 from registry.feed import NodeBusy
+from registry.messaging import Messaging
+from registry.messaging_limits import MessagingLimits
 from registry.model import NodeId, Transport
 from registry.observation import Limit, UplinkOutcome
 from registry.retention import Retention, RetentionSettings
@@ -242,9 +245,21 @@ class Server:
             Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
             Endpoint(public_host(config, config.coap.host), config.coap.port),
         )
-        self._mqtt = server = MqttServer(
-            core.registry, provisioning, context, limits=_mqtt_limits(config), tls_limits=_tls_limits(config)
+        messaging = Messaging(
+            core.database,
+            NodeId(config.node.id),
+            clock=time.time,
+            random=os.urandom,
+            limits=MessagingLimits(queued_messages=config.mqtt.queued_messages, queued_bytes=config.mqtt.queued_bytes),
         )
+        self._mqtt = server = MqttServer(
+            core.registry, messaging, provisioning, context, limits=_mqtt_limits(config), tls_limits=_tls_limits(config)
+        )
+        await messaging.start(server.broker)
+        core.registry.feed.add_follower(messaging)
+        loops = Supervisor()  # its own: it is to end before the store leaves, and that before the database
+        loops.keep("messaging", messaging.run)
+        self._stack.push_async_callback(_leave, messaging, loops)
         port = await _listening("mqtt", config.mqtt, server.start)
         provisioning.mqtt = Endpoint(public_host(config, config.mqtt.host), port)
         self._watch_mqtt(server)
@@ -424,6 +439,11 @@ async def _listening(section: str, where: Https | Mqtt | Ops, start: Callable[[s
 def _told(error: OSError) -> str:
     """What went wrong with a file, in one line."""
     return str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+async def _leave(messaging: Messaging, loops: Supervisor) -> None:
+    await loops.stop()
+    await messaging.stop()
 
 
 async def _every_hour(retention: Retention, certificates: Certificates) -> None:

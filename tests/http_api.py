@@ -85,6 +85,7 @@ class Api:
     seen: Seen
     tenant_id: TenantId
     slug: str
+    ring: KeyRing
 
     def token(
         self,
@@ -164,11 +165,15 @@ class Https:
 
 @asynccontextmanager
 async def running_api(
-    dsn: str, settings: HttpApiSettings | None = None, name: str = "one", clock: Callable[[], datetime] = now
+    dsn: str,
+    settings: HttpApiSettings | None = None,
+    name: str = "one",
+    clock: Callable[[], datetime] = now,
+    ring: KeyRing | None = None,
 ) -> AsyncIterator[Api]:
-    """A core with one tenant, running until the block ends."""
+    """A core with one tenant, running until the block ends. A second node of a database needs the first one's ring."""
     database = await Database.open(dsn, size=8)
-    ring = KeyRing.generate()
+    ring = ring or KeyRing.generate()
     issuer = IssuerKey.generate()
     feed = Feed(database, NodeId(name))
     refusals = Refusals(database, feed)
@@ -242,7 +247,7 @@ async def running_api(
     slug = f"acme-{uuid4().hex[:8]}"
     tenant = await registry.tenants.create("Acme", slug, Actor("system:test", "c"))
     try:
-        yield Api(registry, database, issuer, http, seen, tenant.tenant_id, slug)
+        yield Api(registry, database, issuer, http, seen, tenant.tenant_id, slug, ring)
     finally:
         await registry.uplinks.stop()
         await teardown.stop()

@@ -7,7 +7,9 @@ conversation that it is. What independent clients make of the same server is in 
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ from adapters.mqtt.wire_packets import (
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
 from adapters.provisioning import Endpoint, Provisioning
 from adapters.tls.context import TlsContext
+from registry.messaging import Messaging
 from tests.http_api import Api
 from tests.tls_peers import Holder, client_context, make_certificate
 
@@ -251,12 +254,19 @@ async def serving_mqtt(api: Api, limits: ServerLimits | None = None) -> AsyncIte
     holder = make_certificate()
     context = TlsContext(holder.credentials(), alpn=(b"mqtt",), session_name=b"gatehouse test mqtt")
     provisioning = Provisioning(api.registry, Endpoint("localhost", 8883), Endpoint("localhost", 5684))
-    server = MqttServer(api.registry, provisioning, context, limits=limits)
+    messaging = Messaging(api.database, api.registry.node.node_id, clock=time.time, random=os.urandom)
+    server = MqttServer(api.registry, messaging, provisioning, context, limits=limits)
+    await messaging.start(server.broker)
+    api.registry.feed.add_follower(messaging)
+    following = asyncio.create_task(messaging.run())
     port = await server.start("127.0.0.1", 0)
     try:
         yield Running(api, server, port, holder)
     finally:
         await server.drain(2.0)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await messaging.stop()
 
 
 @dataclass(frozen=True)

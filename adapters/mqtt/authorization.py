@@ -14,22 +14,24 @@
 only read. What begins with `devices/`, `provision/` or `$` is never brokered: no grant reaches it, so no profile can
 open one device's topics to another. A filter whose device is a wildcard stands for everybody's and is refused.
 
-Grants. A name may be published or received when an allowing filter matches it and no denying one does. A filter may be
-subscribed when one allowing filter covers it, that is, matches every name that it matches, and no denying one does; the
-names that a narrower denial takes out of it are dropped one by one as they are delivered (`may_receive`).
+Grants (registry/topic_grants.py). A name may be published when an allowing filter matches it and no denying one does. A
+filter may be subscribed when one allowing filter covers it, that is, matches every name that it matches, and no denying
+one matches any of them. `me` in a grant's filter stands for the device's id.
 
-Pure: no I/O, no state.
+Pure: no I/O; grants' filters are remembered parsed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeAlias
 from uuid import UUID
 
-from adapters.mqtt.topics import Filter, matches
+from adapters.mqtt.topics import Filter, InvalidTopic, matches, parse_filter
 from registry.model import CommandId, DeviceId
+from registry.topic_grants import Access, TopicGrant, judge
 
 UPLINK_KINDS: Final = {
     "telemetry": "telemetry",
@@ -103,41 +105,6 @@ class Brokered:
 Target: TypeAlias = UplinkTopic | CommandAnswer | ConfigReport | Renewal | ChildAttachment | Brokered
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """One entry of a profile's `topic_grants`, for one direction."""
-
-    levels: tuple[str, ...]
-    allow: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Grants:
-    """What a profile grants. The empty one grants nothing."""
-
-    publish: tuple[Grant, ...] = ()
-    subscribe: tuple[Grant, ...] = ()
-
-    def may_publish(self, name: tuple[str, ...]) -> bool:
-        """Whether a message may be published under this name."""
-        return not reserved(name) and _allowed(self.publish, name)
-
-    def may_receive(self, name: tuple[str, ...]) -> bool:
-        """Whether a message of this name may be delivered."""
-        return not reserved(name) and _allowed(self.subscribe, name)
-
-    def may_subscribe(self, levels: tuple[str, ...]) -> bool:
-        """Whether a filter may be subscribed."""
-        if reserved(levels):
-            return False
-        if any(not grant.allow and covers(grant.levels, levels) for grant in self.subscribe):
-            return False
-        return any(grant.allow and covers(grant.levels, levels) for grant in self.subscribe)
-
-
-NO_GRANTS: Final = Grants()
-
-
 def publish_target(levels: tuple[str, ...], own: DeviceId) -> Target | None:
     """Where a message of this topic goes; None where nobody may publish."""
     if levels[0] != "devices":
@@ -195,14 +162,61 @@ def covers(wide: tuple[str, ...], narrow: tuple[str, ...]) -> bool:
     return len(wide) == len(narrow)
 
 
-def _allowed(grants: tuple[Grant, ...], name: tuple[str, ...]) -> bool:
-    allowed = False
-    for grant in grants:
-        if matches(grant.levels, name):
-            if not grant.allow:
-                return False
-            allowed = True
-    return allowed
+def overlaps(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether there is a name that both filters match."""
+    for at in range(max(len(one), len(other))):
+        if at == len(one):
+            return other[at:] == ("#",)  # `sport/#` matches `sport` as well
+        if at == len(other):
+            return one[at:] == ("#",)
+        if "#" in (one[at], other[at]):
+            return True
+        if one[at] != other[at] and "+" not in (one[at], other[at]):
+            return False
+    return True
+
+
+def may_publish(grants: Sequence[TopicGrant], name: tuple[str, ...], own: DeviceId) -> bool:
+    """Whether these grants let a device publish under a name."""
+    return _may_use(grants, Access.PUBLISH, name, own)
+
+
+def may_receive(grants: Sequence[TopicGrant], name: tuple[str, ...], own: DeviceId) -> bool:
+    """Whether these grants let a device hear what is published under a name."""
+    return _may_use(grants, Access.SUBSCRIBE, name, own)
+
+
+def may_subscribe(grants: Sequence[TopicGrant], levels: tuple[str, ...], own: DeviceId) -> bool:
+    """Whether these grants let a device subscribe with a filter; `levels` without a share."""
+    if reserved(levels):
+        return False
+    return judge(
+        grants,
+        Access.SUBSCRIBE,
+        covers=lambda text: (wide := _granted(text, own)) is not None and covers(wide, levels),
+        touches=lambda text: (denied := _granted(text, own)) is None or overlaps(denied, levels),
+    )
+
+
+def _may_use(grants: Sequence[TopicGrant], access: Access, name: tuple[str, ...], own: DeviceId) -> bool:
+    if not grants or reserved(name):
+        return False
+    return judge(
+        grants,
+        access,
+        covers=lambda text: (wide := _granted(text, own)) is not None and matches(wide, name),
+        touches=lambda text: (denied := _granted(text, own)) is None or matches(denied, name),
+    )
+
+
+@lru_cache(maxsize=8_192)
+def _granted(text: str, own: DeviceId) -> tuple[str, ...] | None:
+    """The levels of a grant's filter, `me` being this device; None for what is no filter: it allows nothing."""
+    try:
+        levels = parse_filter(text).levels
+    except InvalidTopic:
+        return None
+    return tuple(str(own) if level == ME else level for level in levels)
 
 
 def _device(text: str, own: DeviceId) -> DeviceId | None:

@@ -296,7 +296,7 @@ class Connection:
         self.state = State.OPEN
         self._framer.max_packet = self.limits.packet_bytes
         self._heard_at = now
-        expiry = self._granted_expiry(connect)
+        expiry = self.granted_expiry(connect)
         properties = NO_PROPERTIES
         if connect.version is Version.V5:
             properties = self._connack_properties(connect, expiry, client_id, response_information)
@@ -698,7 +698,8 @@ class Connection:
             raise LocalProtocolError(f"no CONNECT waits for a decision in state {self.state.name}")
         return self._connect
 
-    def _granted_expiry(self, connect: Connect) -> float:
+    def granted_expiry(self, connect: Connect) -> float:
+        """How long the session of this CONNECT outlives its connection, in seconds; `NEVER` for no end."""
         if connect.version is Version.V311:
             return 0.0 if connect.clean_start else self.limits.session_expiry
         return self._expiry(connect.properties.session_expiry_interval or 0)

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, assert_never
 from uuid import uuid4
@@ -45,9 +46,13 @@ from adapters.mqtt.authorization import (
     Renewal,
     Target,
     UplinkTopic,
+    may_publish,
+    may_receive,
+    may_subscribe,
     publish_target,
     subscribe_target,
 )
+from adapters.mqtt.broker import Broker
 from adapters.mqtt.connection import Granted
 from adapters.mqtt.downlinks import Downlinks
 from adapters.mqtt.machine_events import (
@@ -64,6 +69,7 @@ from adapters.mqtt.machine_events import (
     UnsubscribeRequested,
     WillDue,
 )
+from adapters.mqtt.messages import snapshot_of, will_to_store
 from adapters.mqtt.provisioning import response_to
 from adapters.mqtt.session import Session
 from adapters.mqtt.session_values import Message, Receipt, Subscription, message_of_will
@@ -75,11 +81,20 @@ from adapters.provisioning import error_answer, issued_fields
 from registry.children import NewChild
 from registry.commands import response_from
 from registry.device_config import report_from
-from registry.errors import FailedPrecondition, InvalidArgument, NotFound, RegistryError, Unavailable
+from registry.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    RegistryError,
+    ResourceExhausted,
+    Unavailable,
+)
 from registry.events import EventKind
+from registry.messaging_values import Opening, Ownership, Published, SessionKey, SessionLost, StoredSession
 from registry.model import Contact, DeviceId, TenantId, Transport
 from registry.payloads import NewUplink, PayloadTooLarge, Source
 from registry.sessions import Session as RegistrySession
+from registry.topic_grants import DeviceGrants
 from registry.uplinks import StoredUplink
 
 if TYPE_CHECKING:
@@ -95,32 +110,86 @@ _NO_TOPIC: Final = "this topic is not open to this device"
 class Devices:
     """The devices connected to one server."""
 
-    def __init__(self, server: MqttServer) -> None:
+    def __init__(self, server: MqttServer, broker: Broker) -> None:
         self.server = server
+        self.broker = broker
         self.by_key: dict[Key, DeviceRole] = {}
+        self.leaving: dict[Key, asyncio.Task[None]] = {}
+        """Sessions whose connection is gone and whose store does not know it yet."""
+        self._opening: dict[Key, tuple[asyncio.Lock, int]] = {}
 
     async def admit(self, peer: Peer, session: RegistrySession, connect: Connect) -> None:
-        """Accept a CONNECT whose credential is good, or refuse it for its will. The caller sees by `peer.role`."""
-        own = session.device_id
-        if connect.will is not None and not await self._may_will(session, connect.will):
-            self._note(session, "will outside the device's topics")
+        """Accept a CONNECT whose credential is good, or refuse it for its will. The caller sees by `peer.role`.
+
+        Raises ResourceExhausted (stored sessions of the device), Unavailable.
+        """
+        grants = await self.broker.messaging.grants.of_device(session.tenant_id, session.device_id)
+        if connect.will is not None and not await self._may_will(session, grants, connect.will):
+            note_refusal(self.server, session, "will outside the device's topics")
             peer.refuse(ReasonCode.NOT_AUTHORIZED)
             return
-        if session.closed or not peer.alive:
-            return
         client_id = connect.client_id or f"gh-{uuid4().hex}"
-        key = (session.tenant_id, own, client_id)
-        before = self.by_key.get(key)
+        key = (session.tenant_id, session.device_id, client_id)
+        async with self._alone(key):
+            role = DeviceRole(self, peer, session, key, grants)
+            present = await self._take(role, connect)
+            try:
+                await self.broker.enter(role)
+                await role.judge_inherited()
+            except BaseException:
+                role.give_up()
+                raise
+            if session.closed or not peer.alive:
+                role.give_up()
+                return
+            self.by_key[key] = role
+            peer.role = role
+            assigned = None if connect.client_id else client_id
+            peer.machine.accept(role.mqtt, session_present=present, now=self.server.now(), client_id=assigned)
+            role.connected()
+        peer.pump()
+
+    async def _take(self, role: DeviceRole, connect: Connect) -> bool:
+        """Give the role its session, from whoever had it; whether it is an earlier one that goes on."""
+        before = self.by_key.get(role.key)
         if before is not None:
             self.server.counters.taken_over += 1
             before.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
-        role = DeviceRole(self, peer, session, key)
-        self.by_key[key] = role
-        peer.role = role
-        assigned = None if connect.client_id else client_id
-        peer.machine.accept(role.mqtt, session_present=False, now=self.server.now(), client_id=assigned)
-        role.connected()
-        peer.pump()
+        leaving = self.leaving.get(role.key)
+        if leaving is not None:
+            await asyncio.wait((leaving,))
+        tenant_id, device_id, client_id = role.key
+        expiry = role.peer.machine.granted_expiry(connect)
+        if expiry <= 0 and connect.clean_start and not connect.client_id:
+            return False  # nobody can have had this session
+        taken = await self.broker.messaging.take(
+            Opening(
+                SessionKey(tenant_id, device_id, client_id),
+                role.session.identity.credential_id,
+                connect.clean_start,
+                expiry,
+                None if connect.will is None else will_to_store(connect.will),
+            )
+        )
+        role.own_session(taken.ownership, taken.resumed)
+        self.broker.serve(role)
+        return taken.resumed is not None
+
+    @asynccontextmanager
+    async def _alone(self, key: Key) -> AsyncIterator[None]:
+        """One CONNECT after the other for one session."""
+        lock, waiting = self._opening.get(key, (None, 0))
+        lock = lock or asyncio.Lock()
+        self._opening[key] = lock, waiting + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            _, waiting = self._opening[key]
+            if waiting == 1:
+                del self._opening[key]
+            else:
+                self._opening[key] = lock, waiting - 1
 
     async def speaks_for(self, session: RegistrySession, device_id: DeviceId) -> bool:
         """Whether a device may act for this one: itself, or its child."""
@@ -129,12 +198,20 @@ class Devices:
         return await self.server.registry.children.is_child(session.identity, device_id)
 
     def publish_will(self, session: RegistrySession, message: Message) -> None:
-        """Publish a will whose time has come: stored as an uplink is, or brokered."""
-        target = publish_target(parse_name(message.topic), session.device_id)
+        """Publish the will of a session that was not stored: stored as an uplink is, or brokered."""
+        if isinstance(publish_target(parse_name(message.topic), session.device_id), UplinkTopic):
+            self.store_will(session.tenant_id, session.device_id, message)
+        else:
+            self.broker.publish_will(session.tenant_id, session.device_id, message)
+
+    def store_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
+        """Store a will on an uplink's topic, as what the device says last. It was judged when it came."""
+        target = publish_target(parse_name(message.topic), device_id)
         if not isinstance(target, UplinkTopic):
             return
+        via = None if target.device_id == device_id else device_id
+        source = Source(tenant_id, target.device_id, Transport.MQTT, via)
         try:
-            source = source_of(session, target.device_id)
             uplink = uplink_of(target, message, source, max_bytes=self.server.limits.payload_bytes)
             self.server.registry.uplinks.submit(uplink).add_done_callback(self._will_done)
         except RegistryError:
@@ -144,76 +221,218 @@ class Devices:
         if done.cancelled() or done.exception() is not None:
             self.server.counters.wills_lost += 1
 
-    async def _may_will(self, session: RegistrySession, will: Will) -> bool:
-        target = publish_target(parse_name(will.topic), session.device_id)
+    async def _may_will(self, session: RegistrySession, grants: DeviceGrants, will: Will) -> bool:
+        levels = parse_name(will.topic)
+        target = publish_target(levels, session.device_id)
         match target:
             case UplinkTopic(device_id):
-                if not await self.speaks_for(session, device_id):
-                    return False
-                return _readable(will, target, session, self.server)
+                allowed = await self.speaks_for(session, device_id)
+                return allowed and _readable(will, target, session, self.server)
+            case Brokered():
+                return may_publish(grants.grants, levels, session.device_id)
             case _:
                 return False
-
-    def _note(self, session: RegistrySession, reason: str) -> None:
-        note_refusal(self.server, session, reason)
 
 
 class DeviceRole:
     """One of them (peer.Role)."""
 
-    def __init__(self, owner: Devices, peer: Peer, session: RegistrySession, key: Key) -> None:
+    def __init__(self, owner: Devices, peer: Peer, session: RegistrySession, key: Key, grants: DeviceGrants) -> None:
         self.owner = owner
         self.server = owner.server
+        self.broker = owner.broker
         self.registry = owner.server.registry
         self.peer = peer
         self.session = session
         self.key = key
+        self.tenant_id = session.tenant_id
         self.own = session.device_id
+        self.grants = grants.grants
+        self.profile_id = grants.profile_id
+        self.ownership: Ownership | None = None
+        """The right to serve the session, where it is stored."""
         self.mqtt = Session(peer.machine.limits)
+        self.brokered: dict[str, Subscription] = {}
+        """Subscriptions among the granted topics that stand, by the text of their filter; the broker's to change."""
         self.downlinks = Downlinks(self)
         self._waiting: deque[tuple[Receipt, NewUplink]] = deque()
         self._retry: asyncio.TimerHandle | None = None
+        self._pending: set[asyncio.Future[None]] = set()
+        self._moved = asyncio.Event()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a message that is given now can leave now."""
+        return self.peer.alive and self.mqtt.attached
+
+    def own_session(self, ownership: Ownership | None, resumed: StoredSession | None) -> None:
+        """The session was taken: continue it, or begin a new one."""
+        self.ownership = ownership
+        if ownership is None:
+            return
+        limits = self.peer.machine.limits
+        if resumed is None:
+            self.mqtt = Session(limits, durable=True)
+            return
+        outgoing = [each for each in resumed.outgoing if not each.fresh or self._may_hear_of(each.message.topic)]
+        self.mqtt = Session.restore(snapshot_of(resumed, outgoing), limits)
+        kept = {each.ordinal for each in outgoing}
+        for queued in resumed.outgoing:
+            if queued.ordinal not in kept:
+                self.finished(queued.ordinal)
+        for text, subscription in self.mqtt.subscriptions.items():
+            if isinstance(subscribe_target(subscription.filter, self.own), Brokered):
+                self.brokered[text] = subscription
+
+    async def judge_inherited(self) -> None:
+        """Take away the inherited subscriptions that are not allowed any more. Raises SessionLost, Unavailable."""
+        gone: list[Subscription] = []
+        for subscription in self.mqtt.subscriptions.values():
+            target = subscribe_target(subscription.filter, self.own)
+            match target:
+                case Downlink(device_id):
+                    allowed = await self.owner.speaks_for(self.session, device_id)
+                case Brokered():
+                    allowed = may_subscribe(self.grants, subscription.filter.levels, self.own)
+                case None:
+                    allowed = False
+                case _:
+                    assert_never(target)
+            if not allowed:
+                gone.append(subscription)
+        if gone:
+            await self.broker.unsubscribe(self, gone)
+            for subscription in gone:
+                self.mqtt.unsubscribe(subscription.filter.text)
 
     def connected(self) -> None:
         """CONNACK is on its way."""
         self.registry.presence.connected(self.session)
+        for subscription in tuple(self.mqtt.subscriptions.values()):
+            target = subscribe_target(subscription.filter, self.own)
+            if isinstance(target, Downlink):
+                self.downlinks.opened(target, subscription)
+
+    def give_up(self) -> None:
+        """It was never accepted: what was taken goes back, and the will was not armed by anybody who connected."""
+        self.broker.leave(self)
+        self._let_go(publish_will=False)
 
     def lost(self, ended: Ended | None, now: float) -> None:
         self.downlinks.close()
         self._waiting.clear()
+        self._moved.set()
         if self._retry is not None:
             self._retry.cancel()
         if self.owner.by_key.get(self.key) is self:
             del self.owner.by_key[self.key]
         self.registry.presence.disconnected(self.session, ended.cause.value if ended is not None else "failed")
         self.registry.sessions.ended(self.session)
+        self.broker.leave(self)
+        self._let_go(publish_will=self.mqtt.owes_will)
         for event in self.mqtt.tick(now):
-            if isinstance(event, WillDue):
+            if isinstance(event, WillDue) and self.ownership is None:
                 self.owner.publish_will(self.session, event.message)
+
+    def _let_go(self, *, publish_will: bool) -> None:
+        if self.ownership is None:
+            return
+        task = self.server.loop.create_task(self._release(self.ownership, publish_will), name="mqtt release")
+        self.owner.leaving[self.key] = task
+        self.server.track(task)
+
+    async def _release(self, ownership: Ownership, publish_will: bool) -> None:
+        unsent = [key for key in self.mqtt.unsent if key > 0]
+        try:
+            if self._pending:
+                await asyncio.wait(self._pending)
+            while True:
+                try:
+                    await self.broker.messaging.release(
+                        ownership, publish_will=publish_will, expiry=self.mqtt.expiry, unsent=unsent
+                    )
+                    return
+                except SessionLost:
+                    return
+                except Unavailable:  # until the store hears of it, the session counts as served
+                    await asyncio.sleep(_RELEASE_AGAIN_SECONDS)
+        finally:
+            if self.owner.leaving.get(self.key) is asyncio.current_task():
+                del self.owner.leaving[self.key]
 
     def handle(self, event: Event, now: float) -> None:
         match event:
             case PublishReceived(receipt, message, levels):
                 self._publish(receipt, message, levels, now)
-            case SubscribeRequested(packet_id, requests, _):
-                self._subscribe(packet_id, requests, now)
+            case SubscribeRequested(packet_id, requests, identifier):
+                self._subscribe(packet_id, requests, identifier, now)
             case UnsubscribeRequested(packet_id, subscriptions):
-                for one in subscriptions:
-                    self._unsubscribed(one)
-                self.peer.machine.unsubscribed(packet_id, now)
+                self._unsubscribe(packet_id, subscriptions, now)
             case Delivered(_, key, _):
-                self.downlinks.acknowledged(key)
+                self.finished(key)
             case Discarded(_, delivery, _):
                 self.server.counters.discarded += 1
-                self.downlinks.acknowledged(delivery.key)
+                self.finished(delivery.key)
+            case ReceiptRecorded(packet_id, key):
+                self._received(packet_id, key)
+            case ReleaseReceived(packet_id):
+                self._released(packet_id)
             case WillDue(message):
-                self.owner.publish_will(self.session, message)
-            case ReceiptRecorded() | ReleaseReceived() | SessionEnded():  # of stored sessions only
+                if self.ownership is None:
+                    self.owner.publish_will(self.session, message)
+            case SessionEnded():  # only without a connection
                 pass
             case ConnectRequested() | Ended():
                 raise AssertionError(f"the peer passed {type(event).__name__} on")
             case _:
                 assert_never(event)
+
+    # How far deliveries have come -----------------------------------------------------------------------------------
+
+    def finished(self, key: int) -> None:
+        """A delivery is done, or was discarded. Keys below 0 are downlinks', above 0 rows of the stored queue."""
+        self._moved.set()
+        if key < 0:
+            self.downlinks.acknowledged(key)
+        elif key > 0 and self.ownership is not None:
+            self._follow(self.broker.messaging.delivered(self.ownership, key), None)
+
+    def _received(self, packet_id: int, key: int) -> None:
+        if key > 0 and self.ownership is not None:
+            done = self.broker.messaging.received(self.ownership, key)
+            self._follow(done, lambda: self.mqtt.recorded(packet_id))
+        else:
+            self.mqtt.recorded(packet_id)
+
+    def _released(self, packet_id: int) -> None:
+        assert self.ownership is not None
+        done = self.broker.messaging.released(self.ownership, packet_id)
+        self._follow(done, lambda: self.mqtt.released(packet_id))
+
+    def _follow(self, future: asyncio.Future[None], then: Callable[[], None] | None) -> None:
+        """Go on when the store has written it down; without that the session cannot go on here."""
+        self._pending.add(future)
+
+        def done(ended: asyncio.Future[None]) -> None:
+            self._pending.discard(future)
+            if ended.cancelled() or ended.exception() is not None:
+                self.peer.run(partial(self.peer.end, ReasonCode.SERVER_BUSY, publish_will=True))
+            elif then is not None and self.peer.alive:
+                self.peer.run(then)
+
+        future.add_done_callback(done)
+
+    async def room(self, seconds: float) -> None:
+        """Wait until a delivery is done, or so long."""
+        self._moved.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._moved.wait()
+        except TimeoutError:
+            pass
+
+    def _may_hear_of(self, topic: str) -> bool:
+        return may_receive(self.grants, tuple(topic.split("/")), self.own)
 
     # Publishing -----------------------------------------------------------------------------------------------------
 
@@ -222,6 +441,8 @@ class DeviceRole:
         match target:
             case UplinkTopic(device_id) if device_id == self.own:
                 self._store(receipt, message, target, now)
+            case Brokered() if may_publish(self.grants, levels, self.own):
+                self._broker(receipt, message, now)
             case Brokered() | None:
                 self._forbidden(receipt, now)
             case _:
@@ -271,6 +492,42 @@ class DeviceRole:
             self._waiting.append((receipt, uplink))
         elif not self._submit(receipt, uplink):
             self._full(receipt, uplink, now)
+
+    def _broker(self, receipt: Receipt, message: Message, now: float) -> None:
+        if receipt.qos is QoS.AT_MOST_ONCE and not message.retain:
+            self.broker.publish_unsure(self, message)
+            self.mqtt.stored(receipt, now)
+            return
+        try:
+            future = self.broker.publish(self, message, receipt)
+        except Unavailable:
+            self.server.counters.full += 1
+            self.peer.hold(self.server.limits.full_pause)
+            self._no_room(receipt, now)
+            return
+        future.add_done_callback(partial(self._brokered, receipt))
+
+    def _brokered(self, receipt: Receipt, done: asyncio.Future[Published]) -> None:
+        error = Unavailable("the server is stopping") if done.cancelled() else done.exception()
+        match error:
+            case None:
+                self.server.counters.brokered += 1
+                self.peer.run(partial(self._stored, receipt))
+            case ResourceExhausted():
+                self.server.counters.full += 1
+                self.peer.run(lambda: self._no_room(receipt, self.server.now()))
+            case SessionLost():
+                self.peer.run(partial(self.peer.end, ReasonCode.SESSION_TAKEN_OVER, publish_will=False))
+            case _:
+                self.peer.run(partial(self._refused, receipt, error))
+
+    def _no_room(self, receipt: Receipt, now: float) -> None:
+        """A queue is full, and nothing was stored: 0x97 in 5.0; 3.1.1 is closed, and repeats it. QoS 0 is dropped."""
+        if receipt.qos is QoS.AT_MOST_ONCE:
+            self.server.counters.dropped += 1
+            self.mqtt.stored(receipt, now)
+        else:
+            self.mqtt.failed(receipt, ReasonCode.QUOTA_EXCEEDED, now, "a queue is full; try again")
 
     def _submit(self, receipt: Receipt, uplink: NewUplink) -> bool:
         try:
@@ -400,12 +657,15 @@ class DeviceRole:
 
     # Subscribing ----------------------------------------------------------------------------------------------------
 
-    def _subscribe(self, packet_id: int, requests: Sequence[SubscriptionRequest], now: float) -> None:
-        targets = [subscribe_target(_filter(self.peer, request), self.own) for request in requests]
-        if all(target is None or self._at_once(target) for target in targets):
+    def _subscribe(
+        self, packet_id: int, requests: Sequence[SubscriptionRequest], identifier: int | None, now: float
+    ) -> None:
+        filters = [_filter(self.peer, request) for request in requests]
+        targets = [subscribe_target(each, self.own) for each in filters]
+        if self.ownership is None and all(t is None or self._at_once(t) for t in targets):
             self._subscribed(packet_id, requests, targets, now)
             return
-        self.peer.start(self._subscribe_later(packet_id, requests, targets))
+        self.peer.start(self._subscribe_later(packet_id, requests, filters, targets, identifier))
 
     def _at_once(self, target: Downlink | Brokered) -> bool:
         return isinstance(target, Downlink) and target.device_id == self.own
@@ -414,19 +674,50 @@ class DeviceRole:
         self,
         packet_id: int,
         requests: Sequence[SubscriptionRequest],
+        filters: Sequence[Filter],
         targets: Sequence[Downlink | Brokered | None],
+        identifier: int | None,
     ) -> None:
         judged: list[Downlink | Brokered | None] = []
-        for target in targets:
-            allowed = isinstance(target, Downlink) and await self._may_hear(target.device_id)
+        granted: list[Subscription] = []
+        for request, topic_filter, target in zip(requests, filters, targets, strict=True):
+            allowed = target is not None and await self._may_hear(target, topic_filter)
             judged.append(target if allowed else None)
+            if allowed and target is not None:
+                qos = _granted_qos(request, target)
+                granted.append(
+                    Subscription(
+                        topic_filter,
+                        qos,
+                        request.no_local,
+                        request.retain_as_published,
+                        request.retain_handling,
+                        identifier,
+                    )
+                )
+        try:
+            if granted:
+                await self.broker.subscribe(self, granted)
+        except SessionLost:
+            self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
+            return
+        except RegistryError:  # nothing is subscribed that is not certain; the client asks again
+            failed = [ReasonCode.UNSPECIFIED_ERROR] * len(requests)
+            self.peer.machine.subscribed(packet_id, failed, self.server.now())
+            return
         self._subscribed(packet_id, requests, judged, self.server.now())
 
-    async def _may_hear(self, device_id: DeviceId) -> bool:
-        try:
-            return await self.owner.speaks_for(self.session, device_id)
-        except RegistryError:  # who cannot be asked for is not heard; the client asks again
-            return False
+    async def _may_hear(self, target: Downlink | Brokered, topic_filter: Filter) -> bool:
+        match target:
+            case Brokered():
+                return may_subscribe(self.grants, topic_filter.levels, self.own)
+            case Downlink(device_id):
+                try:
+                    return await self.owner.speaks_for(self.session, device_id)
+                except RegistryError:  # who cannot be asked for is not heard; the client asks again
+                    return False
+            case _:
+                assert_never(target)
 
     def _subscribed(
         self,
@@ -437,17 +728,12 @@ class DeviceRole:
     ) -> None:
         reasons: list[ReasonCode] = []
         for request, target in zip(requests, targets, strict=True):
-            match target:
-                case None:
-                    note_refusal(self.server, self.session, "subscription outside the device's topics")
-                    self.server.counters.forbidden += 1
-                    reasons.append(ReasonCode.NOT_AUTHORIZED)
-                case Downlink():
-                    reasons.append(ReasonCode(min(request.qos, QoS.AT_LEAST_ONCE)))
-                case Brokered():
-                    reasons.append(ReasonCode.NOT_AUTHORIZED)
-                case _:
-                    assert_never(target)
+            if target is None:
+                note_refusal(self.server, self.session, "subscription outside the device's topics")
+                self.server.counters.forbidden += 1
+                reasons.append(ReasonCode.NOT_AUTHORIZED)
+            else:
+                reasons.append(ReasonCode(_granted_qos(request, target)))
         by_filter = {request.filter: target for request, target in zip(requests, targets, strict=True)}
         for granted in self.peer.machine.subscribed(packet_id, reasons, now):
             self._granted(granted, by_filter[granted.subscription.filter.text])
@@ -455,13 +741,35 @@ class DeviceRole:
     def _granted(self, granted: Granted, target: Downlink | Brokered | None) -> None:
         if isinstance(target, Downlink):
             self.downlinks.opened(target, granted.subscription)
+        elif isinstance(target, Brokered) and granted.send_retained:
+            self.peer.start(self._send_retained(granted.subscription))
 
-    def _unsubscribed(self, subscription: Subscription) -> None:
-        target = subscribe_target(subscription.filter, self.own)
-        if isinstance(target, Downlink):
-            self.downlinks.closed(target)
+    async def _send_retained(self, subscription: Subscription) -> None:
+        try:
+            await self.broker.send_retained(self, subscription)
+        except RegistryError:
+            self.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
+
+    def _unsubscribe(self, packet_id: int, subscriptions: Sequence[Subscription], now: float) -> None:
+        for subscription in subscriptions:
+            target = subscribe_target(subscription.filter, self.own)
+            if isinstance(target, Downlink):
+                self.downlinks.closed(target)
+        if self.ownership is None and not any(each.filter.text in self.brokered for each in subscriptions):
+            self.peer.machine.unsubscribed(packet_id, now)
+            return
+        self.peer.start(self._unsubscribe_later(packet_id, subscriptions))
+
+    async def _unsubscribe_later(self, packet_id: int, subscriptions: Sequence[Subscription]) -> None:
+        try:
+            await self.broker.unsubscribe(self, subscriptions)
+        except RegistryError:
+            self.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
+            return
+        self.peer.machine.unsubscribed(packet_id, self.server.now())
 
 
+_RELEASE_AGAIN_SECONDS: Final = 1.0
 _MAX_TEXT: Final = 200
 
 
@@ -482,6 +790,11 @@ def note_refusal(server: MqttServer, session: RegistrySession, reason: str) -> N
         contact=session.contact,
         detail={"credential_id": str(session.identity.credential_id)},
     )
+
+
+def _granted_qos(request: SubscriptionRequest, target: Downlink | Brokered) -> QoS:
+    """As it was asked for; what comes down from the core has QoS 1 at most."""
+    return min(request.qos, QoS.AT_LEAST_ONCE) if isinstance(target, Downlink) else request.qos
 
 
 def _filter(peer: Peer, request: SubscriptionRequest) -> Filter:

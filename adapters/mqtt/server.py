@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from adapters.mqtt.admission import Admission
+from adapters.mqtt.broker import Broker
 from adapters.mqtt.device import Devices
 from adapters.mqtt.machine_events import Cause, Ended
 from adapters.mqtt.peer import Peer
@@ -31,6 +32,7 @@ from adapters.tls.admission import TlsCounters, TlsLimits
 from adapters.tls.context import TlsContext
 from adapters.tls.listener import TlsListener
 from registry.core import Registry
+from registry.messaging import Messaging
 
 LAST_WORDS = 1.0
 """Seconds that the peers have to take their DISCONNECT."""
@@ -66,6 +68,10 @@ class MqttCounters:
     violations: int = 0
     """Connections that broke the protocol or a limit of theirs."""
     provisioning_timed_out: int = 0
+    brokered: int = 0
+    """Messages among granted topics that were stored."""
+    dropped: int = 0
+    """Deliveries and messages of QoS 0 for which there was no room."""
     discarded: int = 0
     """Deliveries that expired, or were too large for their receiver."""
     wills_lost: int = 0
@@ -83,6 +89,7 @@ class MqttServer:
     def __init__(
         self,
         registry: Registry,
+        messaging: Messaging,
         provisioning: Provisioning,
         tls_context: TlsContext,
         *,
@@ -100,7 +107,8 @@ class MqttServer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listener = TlsListener(tls_context, self.new_peer, limits=tls_limits)
         self.admission = Admission(self, registry, self.limits)
-        self.devices = Devices(self)
+        self.broker = Broker(self, messaging)
+        self.devices = Devices(self, self.broker)
         self.provisioning = Provisioners(self, provisioning, self.limits)
 
     @property
@@ -117,7 +125,8 @@ class MqttServer:
         return Peer(self)
 
     async def start(self, host: str, port: int) -> int:
-        """Listen. Returns the bound port. Raises OSError when the address cannot be bound."""
+        """Listen, when `Messaging.start` has this server's broker. Returns the bound port. Raises OSError when the
+        address cannot be bound."""
         return await self._listener.start(host, port)
 
     async def drain(self, seconds: float) -> None:
@@ -133,6 +142,8 @@ class MqttServer:
         for peer in list(self.peers):
             peer.abort()
         await self._all_gone(LAST_WORDS)
+        if self._tasks:  # sessions that are being given back to the store
+            await asyncio.wait(list(self._tasks), timeout=LAST_WORDS)
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:

@@ -12,7 +12,6 @@ class ServerLimits:
     """Times in seconds, sizes in bytes."""
 
     machine: MqttLimits = field(default_factory=MqttLimits)
-    kept_sessions_per_device: int = 32  # beyond it the one that is away the longest ends; ids made at random pile up
     provisioning: int = 500  # connections at once without credentials
     provisioning_per_address: int = 64  # of these; a rack of devices that boots together comes in turns
     provisioning_seconds: float = 60.0  # from CONNECT to the end; a claim over a slow radio takes ten
@@ -27,8 +26,6 @@ class ServerLimits:
     held: int = 1_000  # refused connections that wait; beyond it they are closed at once
     full_pause: float = 0.25  # how long reading stops when the core is full
     payload_bytes: int = 262_144  # of one uplink
-    retained_messages: int = 10_000  # of one tenant, on each node
-    retained_bytes: int = 64 << 20
 
     @property
     def provisioning_machine(self) -> MqttLimits:

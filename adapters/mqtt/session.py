@@ -200,6 +200,16 @@ class Session:
         return self._link is not None
 
     @property
+    def owes_will(self) -> bool:
+        """Whether a will is still to be published: after `detach`, whether it was not dropped."""
+        return self._will is not None
+
+    @property
+    def unsent(self) -> list[int]:
+        """Keys of the deliveries that have never been sent."""
+        return [row.delivery.key for row in self._rows.values() if row.phase is Phase.QUEUED]
+
+    @property
     def queued(self) -> int:
         """Outgoing messages that are not acknowledged."""
         return len(self._rows) + len(self._reserved)
@@ -293,8 +303,8 @@ class Session:
         return packet_id
 
     def unreserve(self, packet_id: int) -> None:
-        """Give back what `reserve` gave: the message could not be stored."""
-        self._bytes -= self._reserved.pop(packet_id)
+        """Give back what `reserve` gave: the message could not be stored. Harmless for an id that is not reserved."""
+        self._bytes -= self._reserved.pop(packet_id, 0)
 
     def deliver(self, delivery: Delivery, now: float, packet_id: int | None = None) -> int | Untaken:
         """Send a message, or keep it until it can be. Answers its packet id (0 for QoS 0), or why it was not taken.

@@ -1,0 +1,612 @@
+"""The broker among the granted topics of one tenant: who gets which message, on this node and beyond.
+
+    PUBLISH, QoS 1, 2 or retained ─► Messaging.publish ─► route ─► commit ─► committed ─► sessions of this node
+    PUBLISH, QoS 0 ────────────────► the same plan, from memory ─► sessions of this node, relays to other nodes
+    another node's ────────────────► arrived, queued ─► sessions of this node
+
+The store (registry/messaging.py) keeps what must not be lost and calls the methods of its `Router` here; what a filter
+matches is decided here only. For each tenant there is one table of who wants what, a trie (topics.py), with three
+kinds of entries:
+
+    SessionRoute   a stored session's subscription, wherever it is connected, or nowhere. Told by `changed`
+    NodeRoute      another node has sessions that want this. Told by `changed`
+    _Local         a session of this node that ends with its connection. Put in by `subscribe`
+
+A stored session gets QoS 1 and 2 through its queue in the store, and QoS 0 from memory while it is connected here. A
+session that is not stored gets everything from memory; if it does not keep up with QoS 1 and 2 it is disconnected with
+0x97 instead of losing something silently. QoS 0 that cannot be sent at once is dropped and counted.
+
+Shared subscriptions: each message goes to one member (5.0 §4.8.2). The node that has the message chooses: by turns,
+first among its own that are connected and among other nodes, else a stored one that is away.
+
+Grants are judged when somebody subscribes and publishes, when a stored session is taken up again, and for everything
+there is (live, offline, retained) when a profile's grants change.
+
+What can race: a subscription ends while a message for it is on its way; it may still arrive (5.0 §3.10.4 permits it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from adapters.mqtt.authorization import (
+    Brokered,
+    may_publish,
+    may_receive,
+    may_subscribe,
+    reserved,
+    subscribe_target,
+)
+from adapters.mqtt.messages import (
+    delivery_of_queued,
+    filter_of,
+    from_store,
+    subscription_from_store,
+    subscription_to_store,
+    to_store,
+)
+from adapters.mqtt.session import Untaken
+from adapters.mqtt.session_values import (
+    Delivery,
+    Message,
+    Receipt,
+    Subscription,
+    delivery_of,
+    retained_delivery_of,
+)
+from adapters.mqtt.topics import SharedGroup, Subscriptions, matches
+from adapters.mqtt.wire_packets import QoS
+from adapters.mqtt.wire_reasons import ReasonCode
+from registry.errors import ResourceExhausted, Unavailable
+from registry.messaging import Messaging
+from registry.messaging_values import (
+    Arrival,
+    Incoming,
+    NodeRoute,
+    Ownership,
+    PendingWill,
+    Publication,
+    Published,
+    QueuedMessage,
+    Recipient,
+    Relay,
+    Reserved,
+    RouteChange,
+    Routing,
+    SessionRoute,
+    StoredSessionId,
+    StoredSubscription,
+)
+from registry.messaging_values import Message as StoredMessage
+from registry.model import DeviceId, NodeId, ProfileId, TenantId
+
+if TYPE_CHECKING:
+    from adapters.mqtt.device import DeviceRole
+    from adapters.mqtt.server import MqttServer
+
+RETAINED_AT_ONCE: Final = 50
+"""Retained messages read at a time for a new subscription."""
+ROOM_SECONDS: Final = 5.0
+"""How long a retained message waits for its receiver to acknowledge something, before it is looked at again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Local:
+    """A subscription of a session that is not stored."""
+
+    role: DeviceRole
+    subscription: Subscription
+
+
+_Route = SessionRoute | NodeRoute | _Local
+_Key = Any  # a StoredSessionId, a NodeRoute, or a DeviceRole: whoever may have one entry under one filter
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Where one message goes; `local` are sessions that get it from memory."""
+
+    message: Message
+    local: dict[DeviceRole, list[Subscription]] = field(default_factory=dict)
+    stored: dict[StoredSessionId, list[StoredSubscription]] = field(default_factory=dict)
+    relays: dict[NodeId, tuple[bool, list[str]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _FromHere(Publication):
+    """A publication whose publisher is connected here, for No Local."""
+
+    publisher: DeviceRole | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(slots=True)
+class _Tenant:
+    table: Subscriptions[_Key, _Route] = field(default_factory=Subscriptions)
+    members: set[DeviceRole] = field(default_factory=set)
+    shared: dict[str, SharedGroup[DeviceRole, Subscription]] = field(default_factory=dict)
+    """Own members by the text of their shared filter, to take what other nodes relay."""
+
+
+class Broker:
+    """Routes the messages of one node. It is the store's `Router`."""
+
+    def __init__(self, server: MqttServer, messaging: Messaging) -> None:
+        self.server = server
+        self.messaging = messaging
+        self._tenants: dict[TenantId, _Tenant] = {}
+        self._served: dict[StoredSessionId, DeviceRole] = {}
+
+    # Members --------------------------------------------------------------------------------------------------------
+
+    def serve(self, role: DeviceRole) -> None:
+        """A stored session was taken: from now on its messages come to this role."""
+        if role.ownership is not None:
+            self._served[role.ownership.session_id] = role
+
+    async def enter(self, role: DeviceRole) -> None:
+        """A device with grants, or with inherited subscriptions, is about to be accepted. Raises Unavailable."""
+        self._tenant(role.tenant_id).members.add(role)
+        if role.grants:
+            await self.messaging.follow_tenant(role.tenant_id)
+        for subscription in role.brokered.values():
+            await self._watch(role, subscription)
+
+    def leave(self, role: DeviceRole) -> None:
+        """Its connection is gone."""
+        if role.ownership is not None and self._served.get(role.ownership.session_id) is role:
+            del self._served[role.ownership.session_id]
+        tenant = self._tenants.get(role.tenant_id)
+        if tenant is None:
+            return
+        for subscription in role.brokered.values():
+            self._take_out(tenant, role, subscription)
+            self._spawn(self._unwatch(role, subscription))
+        tenant.members.discard(role)
+        if not tenant.members:
+            del self._tenants[role.tenant_id]
+            self.messaging.forget_tenant(role.tenant_id)
+
+    async def subscribe(self, role: DeviceRole, subscriptions: Sequence[Subscription]) -> None:
+        """Add or replace granted subscriptions, before SUBACK. Raises SessionLost, Unavailable."""
+        await self.messaging.follow_tenant(role.tenant_id)
+        if role.ownership is not None:
+            await self.messaging.subscribe(role.ownership, [subscription_to_store(each) for each in subscriptions])
+        for subscription in subscriptions:
+            if not isinstance(subscribe_target(subscription.filter, role.own), Brokered):
+                continue  # what comes down from the core is kept with the session, and not brokered
+            before = role.brokered.get(subscription.filter.text)
+            await self._watch(role, subscription)
+            if before is not None:
+                await self._unwatch(role, before)
+            role.brokered[subscription.filter.text] = subscription
+            tenant = self._tenant(role.tenant_id)
+            if role.ownership is None:
+                tenant.table.add(subscription.filter, role, _Local(role, subscription))
+            if subscription.filter.group is not None:
+                group = tenant.shared.setdefault(subscription.filter.text, SharedGroup())
+                group.members[role] = subscription
+
+    async def unsubscribe(self, role: DeviceRole, subscriptions: Sequence[Subscription]) -> None:
+        """Remove subscriptions, before UNSUBACK. Raises SessionLost, Unavailable."""
+        if role.ownership is not None:
+            await self.messaging.unsubscribe(role.ownership, [each.filter.text for each in subscriptions])
+        for subscription in subscriptions:
+            known = role.brokered.pop(subscription.filter.text, None)
+            if known is not None:
+                self._take_out(self._tenant(role.tenant_id), role, known)
+                await self._unwatch(role, known)
+
+    async def send_retained(self, role: DeviceRole, subscription: Subscription) -> None:
+        """Send a new subscription the retained messages that it matches. Raises SessionLost, Unavailable."""
+        levels = subscription.filter.levels
+        topics = await self.messaging.retained_topics(role.tenant_id, _prefix(levels))
+        wanted = [topic for topic in topics if matches(levels, tuple(topic.split("/")))]
+        for start in range(0, len(wanted), RETAINED_AT_ONCE):
+            for each in await self.messaging.retained(role.tenant_id, wanted[start : start + RETAINED_AT_ONCE]):
+                if not await self._give_retained(role, subscription, each.device_id, each.message):
+                    return
+
+    # Messages -------------------------------------------------------------------------------------------------------
+
+    def publish(self, role: DeviceRole, message: Message, receipt: Receipt) -> asyncio.Future[Published]:
+        """Store and route a message of QoS 1 or 2, or one to be retained. As `Messaging.publish`."""
+        ownership = role.ownership
+        origin = None
+        if ownership is not None and receipt.qos is QoS.EXACTLY_ONCE:
+            origin = Incoming(ownership, receipt.packet_id)
+        sender = None if ownership is None else ownership.session_id
+        return self.messaging.publish(
+            _FromHere(role.tenant_id, role.own, to_store(message), origin, sender, publisher=role)
+        )
+
+    def publish_unsure(self, role: DeviceRole, message: Message) -> None:
+        """Send a message of QoS 0 that is not retained to whoever is there."""
+        sender = None if role.ownership is None else role.ownership.session_id
+        publication = _FromHere(role.tenant_id, role.own, to_store(message), None, sender, publisher=role)
+        plan = self._planned(publication, message)
+        if plan.relays:
+            self.messaging.relay(publication, _relays(plan))
+        self._give_local(plan)
+
+    def publish_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
+        """Publish the will of a session that was not stored."""
+        publication = Publication(tenant_id, device_id, to_store(message))
+        try:
+            future = self.messaging.publish(publication)
+        except Unavailable:
+            self.server.counters.wills_lost += 1
+            return
+        future.add_done_callback(self._will_done)
+
+    # What the store asks (registry.messaging_values.Router) ---------------------------------------------------------
+
+    def changed(self, tenant_id: TenantId, changes: Sequence[RouteChange], *, whole: bool) -> None:
+        tenant = self._tenant(tenant_id)
+        if whole:
+            tenant.table = Subscriptions()
+            for role in tenant.members:
+                if role.ownership is None:
+                    for subscription in role.brokered.values():
+                        tenant.table.add(subscription.filter, role, _Local(role, subscription))
+        for change in changes:
+            match change.route:
+                case SessionRoute(session_id, _, kept) as route:
+                    key: _Key = session_id
+                    topic_filter = filter_of(kept.filter)
+                case NodeRoute() as route:
+                    key, topic_filter = route, filter_of(route.filter)
+            if reserved(topic_filter.levels):
+                continue
+            if change.removed:
+                tenant.table.remove(topic_filter, key)
+            else:
+                tenant.table.add(topic_filter, key, route)
+
+    def route(self, publication: Publication) -> Routing | None:
+        message = from_store(publication.message)
+        name = tuple(message.topic.split("/"))
+        if isinstance(publication.origin, PendingWill):
+            if reserved(name):
+                return Routing(context=message)  # the will of an uplink's topic: stored as one when it is committed
+            known = self.messaging.grants.remembered(publication.tenant_id, publication.device_id)
+            if known is not None and not may_publish(known.grants, name, publication.device_id):
+                return None
+        plan = self._planned(publication, message)
+        recipients = tuple(self._recipient(plan, session_id, kept) for session_id, kept in plan.stored.items())
+        return Routing(recipients, _relays(plan), plan)
+
+    def abandoned(self, publication: Publication, routing: Routing) -> None:
+        for recipient in routing.recipients:
+            self._give_back(recipient)
+
+    def committed(self, publication: Publication, published: Published) -> None:
+        context = published.routing.context
+        if isinstance(context, Message):
+            self.server.devices.store_will(publication.tenant_id, publication.device_id, context)
+            return
+        if not isinstance(context, _Plan):
+            return
+        self._give_local(context)
+        recipients = {each.session_id: each for each in published.routing.recipients}
+        for placement in published.placements:
+            recipient = recipients[placement.session_id]
+            if placement.packet_id is None:
+                self._give_back(recipient)
+                continue
+            role = self._served.get(placement.session_id)
+            if role is None or role.ownership is None or recipient.reserved is None:
+                continue
+            if role.ownership.epoch != recipient.reserved.epoch:
+                continue
+            delivery = Delivery(
+                context.message,
+                QoS(recipient.qos),
+                recipient.retain,
+                recipient.subscription_identifiers,
+                placement.ordinal,
+            )
+            role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), placement.packet_id))
+
+    def reserve(self, ownership: Ownership, size: int) -> int | None:
+        role = self._owner(ownership)
+        packet_id = None if role is None else role.mqtt.reserve(size)
+        return None if isinstance(packet_id, Untaken) else packet_id
+
+    def unreserve(self, ownership: Ownership, packet_id: int) -> None:
+        role = self._owner(ownership)
+        if role is not None:
+            role.mqtt.unreserve(packet_id)
+
+    def queued(self, ownership: Ownership, queued: QueuedMessage) -> None:
+        role = self._owner(ownership)
+        if role is not None:
+            delivery = delivery_of_queued(queued)
+            role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), queued.packet_id))
+
+    def arrived(self, arrival: Arrival) -> None:
+        tenant = self._tenants.get(arrival.tenant_id)
+        if tenant is None:
+            return
+        message = from_store(arrival.message)
+        plan = _Plan(message)
+        if arrival.direct:
+            for _, route in tenant.table.match(tuple(message.topic.split("/"))).subscribers:
+                match route:
+                    case _Local(role, subscription):
+                        plan.local.setdefault(role, []).append(subscription)
+                    case SessionRoute(session_id, _, kept):
+                        role_here = self._served.get(session_id)
+                        if role_here is not None and min(kept.qos, message.qos) == 0:
+                            plan.local.setdefault(role_here, []).append(subscription_from_store(kept))
+                    case NodeRoute():
+                        pass
+        for text in arrival.shared:
+            group = tenant.shared.get(text)
+            chosen = None if group is None else group.pick(lambda role: role.ready)
+            if chosen is not None:
+                plan.local.setdefault(chosen[0], []).append(chosen[1])
+        self._give_local(plan)
+
+    def evicted(self, ownership: Ownership) -> None:
+        role = self._owner(ownership)
+        if role is not None:
+            self.server.counters.taken_over += 1
+            self._end_soon(role, ReasonCode.SESSION_TAKEN_OVER)
+
+    def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
+        tenant = self._tenants.get(tenant_id)
+        for role in () if tenant is None else tuple(tenant.members):
+            if role.profile_id == profile_id:
+                role.peer.start(self._judge_live(role))
+        self._spawn(self._judge_kept(tenant_id, profile_id))
+
+    def device_changed(self, tenant_id: TenantId, device_id: DeviceId) -> None:
+        tenant = self._tenants.get(tenant_id)
+        for role in () if tenant is None else tuple(tenant.members):
+            if role.own == device_id:
+                role.peer.start(self._judge_live(role))
+
+    # Planning -------------------------------------------------------------------------------------------------------
+
+    def _planned(self, publication: Publication, message: Message) -> _Plan:
+        plan = _Plan(message)
+        tenant = self._tenants.get(publication.tenant_id)
+        if tenant is None:
+            return plan
+        found = tenant.table.match(tuple(message.topic.split("/")))
+        for _, route in found.subscribers:
+            self._add(plan, route, publication, None)
+        for group in found.groups:
+            chosen = self._chosen(group, message)
+            if chosen is not None:
+                self._add(plan, chosen, publication, group)
+        return plan
+
+    def _add(
+        self, plan: _Plan, route: _Route, publication: Publication, group: SharedGroup[_Key, _Route] | None
+    ) -> None:
+        match route:
+            case _Local(role, subscription):
+                own = isinstance(publication, _FromHere) and publication.publisher is role
+                if not (own and subscription.no_local):
+                    plan.local.setdefault(role, []).append(subscription)
+            case SessionRoute(session_id, _, kept):
+                if kept.no_local and session_id == publication.sender:
+                    return
+                if min(kept.qos, plan.message.qos) > 0:
+                    plan.stored.setdefault(session_id, []).append(kept)
+                elif (role_here := self._served.get(session_id)) is not None:
+                    plan.local.setdefault(role_here, []).append(subscription_from_store(kept))
+            case NodeRoute(node_id, text, stored, qos):
+                if stored and min(qos, plan.message.qos) > 0:
+                    return
+                direct, shared = plan.relays.get(node_id, (False, []))
+                plan.relays[node_id] = (direct or group is None, shared if group is None else [*shared, text])
+
+    def _chosen(self, group: SharedGroup[_Key, _Route], message: Message) -> _Route | None:
+        def able(key: _Key) -> bool:
+            route = group.members[key]
+            match route:
+                case _Local():
+                    return True
+                case SessionRoute(session_id, _, kept):
+                    return min(kept.qos, message.qos) > 0 or session_id in self._served
+                case NodeRoute(_, _, stored, qos):
+                    return not stored or min(qos, message.qos) == 0
+
+        def ready(key: _Key) -> bool:
+            route = group.members[key]
+            match route:
+                case _Local(role, _):
+                    return role.ready
+                case SessionRoute(session_id, _, _):
+                    role_here = self._served.get(session_id)
+                    return role_here is not None and role_here.ready
+                case NodeRoute():
+                    return able(key)
+
+        picked = group.pick(ready)
+        if picked is not None and able(picked[0]):
+            return picked[1]
+        return next((route for key, route in group.members.items() if able(key)), None)
+
+    def _recipient(self, plan: _Plan, session_id: StoredSessionId, kept: Sequence[StoredSubscription]) -> Recipient:
+        role = self._served.get(session_id)
+        if role is not None:  # what it would get with QoS 0 besides is the same message
+            for subscription in plan.local.pop(role, ()):
+                kept = [*kept, subscription_to_store(subscription)]
+        place: Reserved | None = None
+        if role is not None and role.ownership is not None:
+            packet_id = role.mqtt.reserve(plan.message.size)
+            if not isinstance(packet_id, Untaken):
+                place = Reserved(role.ownership.epoch, packet_id)
+        return Recipient(
+            session_id,
+            min(plan.message.qos, max(each.qos for each in kept)),
+            plan.message.retain and any(each.retain_as_published for each in kept),
+            tuple(each.identifier for each in kept if each.identifier is not None),
+            place,
+        )
+
+    # Handing out ----------------------------------------------------------------------------------------------------
+
+    def _give_local(self, plan: _Plan) -> None:
+        for role, subscriptions in plan.local.items():
+            delivery = delivery_of(plan.message, subscriptions, own=False)
+            if delivery is not None:
+                role.peer.run(partial(self._give, role, delivery))
+
+    def _give(self, role: DeviceRole, delivery: Delivery) -> None:
+        taken = role.mqtt.deliver(delivery, self.server.now())
+        match taken:
+            case Untaken.QUEUE_FULL:
+                self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)
+            case Untaken():
+                self.server.counters.dropped += 1
+            case _:
+                pass
+
+    async def _give_retained(
+        self, role: DeviceRole, subscription: Subscription, device_id: DeviceId, kept: StoredMessage
+    ) -> bool:
+        """Whether the connection still lives and wants it."""
+        delivery = retained_delivery_of(from_store(kept), subscription)
+        while role.peer.alive and role.mqtt.subscriptions.get(subscription.filter.text) is subscription:
+            if role.ownership is None or delivery.qos is QoS.AT_MOST_ONCE:
+                if role.mqtt.deliver(delivery, self.server.now()) is not Untaken.QUEUE_FULL:
+                    role.peer.poke()
+                    return True
+            elif await self._enqueue(role, role.ownership, delivery, device_id, kept):
+                return True
+            await role.room(ROOM_SECONDS)
+        return False
+
+    async def _enqueue(
+        self, role: DeviceRole, ownership: Ownership, delivery: Delivery, device_id: DeviceId, kept: StoredMessage
+    ) -> bool:
+        packet_id = role.mqtt.reserve(delivery.message.size)
+        if isinstance(packet_id, Untaken):
+            return False
+        recipient = Recipient(
+            ownership.session_id,
+            delivery.qos,
+            True,
+            delivery.subscription_identifiers,
+            Reserved(ownership.epoch, packet_id),
+        )
+        publication = Publication(role.tenant_id, device_id, kept)
+        try:
+            await self.messaging.enqueue(publication, Routing((recipient,), (), _Plan(delivery.message)))
+        except ResourceExhausted:
+            return False
+        return True
+
+    def _give_back(self, recipient: Recipient) -> None:
+        role = self._served.get(recipient.session_id)
+        if role is None or role.ownership is None or recipient.reserved is None:
+            return
+        if role.ownership.epoch == recipient.reserved.epoch:
+            role.mqtt.unreserve(recipient.reserved.packet_id)
+
+    def _end_soon(self, role: DeviceRole, reason: ReasonCode) -> None:
+        """Not at once: the store is in the middle of handing out."""
+        self.server.loop.call_soon(partial(role.peer.end, reason, publish_will=reason is ReasonCode.QUOTA_EXCEEDED))
+
+    def _will_done(self, done: asyncio.Future[Published]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            self.server.counters.wills_lost += 1
+
+    # Grants that change ---------------------------------------------------------------------------------------------
+
+    async def _judge_live(self, role: DeviceRole) -> None:
+        found = await self.messaging.grants.of_device(role.tenant_id, role.own)
+        role.grants, role.profile_id = found.grants, found.profile_id
+        gone = [each for each in role.brokered.values() if not may_subscribe(role.grants, each.filter.levels, role.own)]
+        if gone:
+            await self.unsubscribe(role, gone)
+            for subscription in gone:
+                role.mqtt.unsubscribe(subscription.filter.text)
+
+        def unwanted(delivery: Delivery) -> bool:
+            name = tuple(delivery.message.topic.split("/"))
+            return delivery.key >= 0 and not reserved(name) and not may_receive(role.grants, name, role.own)
+
+        for outgoing in role.mqtt.discard_queued(unwanted):
+            role.finished(outgoing.delivery.key)
+
+    async def _judge_kept(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
+        """Offline sessions and retained messages of a profile's devices."""
+        grants = await self.messaging.grants.grants_of(tenant_id, profile_id)
+        offline: dict[tuple[StoredSessionId, DeviceId], list[str]] = {}
+        for route in await self.messaging.offline_of_profile(tenant_id, profile_id):
+            filters = offline.setdefault((route.session_id, route.key.device_id), [])
+            topic_filter = filter_of(route.subscription.filter)
+            if isinstance(subscribe_target(topic_filter, route.key.device_id), Brokered) and not may_subscribe(
+                grants, topic_filter.levels, route.key.device_id
+            ):
+                filters.append(topic_filter.text)
+        for (session_id, device_id), filters in offline.items():
+            waiting = await self.messaging.offline_topics(session_id)
+            topics = [topic for topic in waiting if not may_receive(grants, tuple(topic.split("/")), device_id)]
+            if filters or topics:
+                await self.messaging.withdraw(session_id, filters=filters, topics=topics)
+        kept = await self.messaging.retained_of_profile(tenant_id, profile_id)
+        gone = [topic for device_id, topic in kept if not may_publish(grants, tuple(topic.split("/")), device_id)]
+        await self.messaging.forget_retained(tenant_id, gone)
+
+    # Parts ----------------------------------------------------------------------------------------------------------
+
+    def _tenant(self, tenant_id: TenantId) -> _Tenant:
+        return self._tenants.setdefault(tenant_id, _Tenant())
+
+    def _owner(self, ownership: Ownership) -> DeviceRole | None:
+        role = self._served.get(ownership.session_id)
+        return role if role is not None and role.ownership == ownership else None
+
+    def _take_out(self, tenant: _Tenant, role: DeviceRole, subscription: Subscription) -> None:
+        if role.ownership is None:
+            tenant.table.remove(subscription.filter, role)
+        group = tenant.shared.get(subscription.filter.text)
+        if group is not None:
+            group.members.pop(role, None)
+            if not group.members:
+                del tenant.shared[subscription.filter.text]
+
+    async def _watch(self, role: DeviceRole, subscription: Subscription) -> None:
+        await self.messaging.watch(
+            role.tenant_id, subscription.filter.text, stored=role.ownership is not None, qos=subscription.qos
+        )
+
+    async def _unwatch(self, role: DeviceRole, subscription: Subscription) -> None:
+        await self.messaging.unwatch(
+            role.tenant_id, subscription.filter.text, stored=role.ownership is not None, qos=subscription.qos
+        )
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except Unavailable:
+                pass  # the next change, or the next connection, judges again
+
+        self.server.track(self.server.loop.create_task(run(), name="mqtt broker"))
+
+
+def _prefix(levels: tuple[str, ...]) -> str:
+    """The filter up to its first wildcard: what every topic that it matches begins with."""
+    fixed: list[str] = []
+    for level in levels:
+        if level == "#":  # `sport/#` matches `sport` as well
+            return "/".join(fixed)
+        if level == "+":
+            return "/".join(fixed) + ("/" if fixed else "")
+        fixed.append(level)
+    return "/".join(fixed)
+
+
+def _relays(plan: _Plan) -> tuple[Relay, ...]:
+    return tuple(Relay(node_id, direct, tuple(shared)) for node_id, (direct, shared) in plan.relays.items())

@@ -19,7 +19,6 @@ import ipaddress
 import os
 import secrets
 import shlex
-import signal
 import socket
 import sys
 import time
@@ -38,6 +37,7 @@ from edge.commands import cli_actor, sign_token
 from edge.config import Config
 from edge.demo_steps import STEPS, Held, Site, Story, Unexpected
 from edge.serve import Server
+from edge.stop_signals import StopSignals
 from edge.terminal import complain, console, plain
 from edge.wiring import open_registry
 from registry.errors import NotFound
@@ -46,7 +46,6 @@ from registry.permissions import Role
 TENANT_SLUG = "demo"
 TOKEN_LIFETIME = timedelta(hours=12)
 FAILED = 1
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def tell(config: Config, *, once: bool) -> int:
@@ -63,6 +62,7 @@ async def tell(config: Config, *, once: bool) -> int:
     with _log_file(config.data_dir / "demo.log", config.logs.level):
         since = time.perf_counter()
         server = Server(config)
+        signals = StopSignals(server.hurry)
         ports = await server.start()
         try:
             stage.fact("listening", ", ".join(f"{name} {port}" for name, port in ports.items()))
@@ -83,11 +83,12 @@ async def tell(config: Config, *, once: bool) -> int:
             stage.heading(f"All {len(STEPS)} steps held.")
             if not once:
                 _print_commands(stage, config, site, story.devices["thermometer"])
-                await _until_told_to_stop(server)
+                signals.listen()
+                stage.heading("Serving. Ctrl-C stops.")
+                await signals.asked.wait()
         finally:
             await server.stop()
-            for number in _SIGNALS:  # not before: one that comes while it stops would be a crash
-                asyncio.get_running_loop().remove_signal_handler(number)
+            signals.ignore()
     return 0
 
 
@@ -188,7 +189,6 @@ def _print_commands(stage: Stage, config: Config, site: Site, device: Held) -> N
         stage.verbatim(paste.command)
     stage.verbatim(f"\n# the API in a browser: {site.base.removesuffix(BASE)}/docs")
     stage.verbatim("")
-    stage.heading("Serving. Ctrl-C stops.")
 
 
 def _own_command() -> str:
@@ -196,20 +196,6 @@ def _own_command() -> str:
     if not beside.is_file():
         return "gatehouse"
     return shlex.quote(str(beside))
-
-
-async def _until_told_to_stop(server: Server) -> None:
-    """Wait for the first signal; the next one hurries, as with `serve`. The caller removes the handlers."""
-    stop = asyncio.Event()
-
-    def asked() -> None:
-        if stop.is_set():
-            server.hurry()
-        stop.set()
-
-    for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, asked)
-    await stop.wait()
 
 
 async def _site(config: Config, port: int) -> Site:

@@ -16,7 +16,6 @@ import asyncio
 import logging
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -44,6 +43,7 @@ from edge.metrics import Metrics
 from edge.ops import CheckResult, OpsServer
 from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
 from edge.server_certificate import CHECK_SECONDS, CertificateProblem, ServerCertificate
+from edge.stop_signals import StopSignals
 from edge.supervision import Supervisor
 from edge.wiring import Core, OperatorKeysProblem, build, migrate_database, public_host, utc_now
 from registry.certificates import Certificates
@@ -379,38 +379,29 @@ class Server:
 
 async def serve(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
     server = Server(config)
-
-    def asked() -> None:
-        if stop.is_set():
-            server.hurry()
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked)
+    signals = StopSignals(server.hurry)
+    signals.listen()
     with logs.configure(config.logs.level) as running_logs:
         _raise_file_limit()
         server.metrics.watch_dropped_logs(lambda: running_logs.dropped)
         starting = asyncio.ensure_future(server.start())
-        asking = asyncio.ensure_future(stop.wait())
+        asking = asyncio.ensure_future(signals.asked.wait())
         await asyncio.wait({starting, asking}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
+            signals.ignore()
             return 0
         asking.cancel()
         ports = await starting
         sys.stdout.write(msgspec.json.encode({"ready": ports}).decode() + "\n")
         sys.stdout.flush()
-        await stop.wait()
+        await signals.asked.wait()
         log.info("node.draining", extra={"fields": {"node": config.node.id}})
         await server.stop()
         log.info("node.stopped", extra={"fields": {"node": config.node.id}})
-    for number in (signal.SIGTERM, signal.SIGINT):  # what comes now has been done: it must not change the exit code
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
     return 0
 
 

@@ -159,8 +159,8 @@ class MessageRoutes:
             read = {each.tenant_id: each for each in await storage.read(connection, after, self._node_id)}
             waiting.clear()
             for tenant_id, version in after.items():
-                if version is None and self._reached(tenant_id, now) is not None:
-                    waiting.add(tenant_id)  # somebody else has loaded it meanwhile: go on from there
+                if (version is None) != (self._reached(tenant_id, now) is None):
+                    waiting.add(tenant_id)  # loaded by somebody else meanwhile, or forgotten: what was read is a part
                     continue
                 changes = read[tenant_id].changes if tenant_id in read else []
                 self._apply(tenant_id, changes, whole=version is None, now=now)

@@ -1,0 +1,1 @@
+"""CoAP: the message layer, and what a device may do over it."""

@@ -1,0 +1,82 @@
+"""The seam between the CoAP message layer and the resources behind it.
+
+    datagrams ─► message layer (exchanges, observations, block-wise) ─► Handler.handle(peer, request) ─► Response
+
+The message layer gives whole requests: deduplicated (RFC 7252 §4.2), reassembled from Block1 (RFC 7959), with options
+that it understands, and with every unknown critical one refused already (RFC 7252 §5.4.1). It slices large responses
+into Block2 by itself. A handler never sees a message id, a block number or a retransmission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aiocoap.numbers.codes import Code
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One whole request."""
+
+    method: Code
+    path: tuple[str, ...] = ()
+    query: tuple[str, ...] = ()
+    payload: bytes = b""
+    content_format: int | None = None
+    accept: int | None = None
+    if_match: tuple[bytes, ...] = ()
+    if_none_match: bool = False
+    etags: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One whole response or notification."""
+
+    code: Code
+    payload: bytes = b""
+    content_format: int | None = None
+    max_age: int | None = None
+    """Seconds (RFC 7252 §5.10.5); None leaves the option out, which means 60."""
+    etag: bytes | None = None
+    location_path: tuple[str, ...] = ()
+    location_query: tuple[str, ...] = ()
+
+
+class Observation(Protocol):
+    """An interest that the client has registered with this request (RFC 7641). Offered; `accept` takes it."""
+
+    def accept(self, cancelled: Callable[[], None]) -> None:
+        """Keep it. `cancelled` is called once when the client, its silence or the end of its peer ends it."""
+
+    def notify(self, response: Response) -> None:
+        """Send the newest state; of several that wait only the last one is sent. An error code ends the observation."""
+
+    def end(self) -> None:
+        """Forget it without a word."""
+
+
+class Peer(Protocol):
+    """Whoever asks, as the handler knows it."""
+
+    @property
+    def peer_id(self) -> str:
+        """Opaque; for a DTLS association its id."""
+
+    @property
+    def address(self) -> str: ...
+
+    context: Any
+    """The handler's own; None at first."""
+
+
+class Handler(Protocol):
+    """The resources."""
+
+    async def handle(self, peer: Peer, request: Request, observation: Observation | None) -> Response:
+        """The answer. `observation` is there where the client asks to observe by GET or FETCH with Observe 0.
+
+        May take its time: a separate response follows then (RFC 7252 §5.2.2). What it raises is a 5.00 and our bug.
+        """

@@ -230,6 +230,7 @@ class Server:
             await core.stop_downlinks()
             await core.stop_certificates()
             await registry.resolver.stop()
+            await registry.claim_psks.stop()
             try:
                 await registry.refusals.flush_all()
             except Unavailable:

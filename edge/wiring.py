@@ -24,6 +24,7 @@ from edge.config import Config
 from edge.postgres import attach_or_start
 from registry.certificates import Certificates, ForeignCertificates
 from registry.children import Children
+from registry.claim_psk import ClaimPsks
 from registry.commands import CommandLimits, Commands
 from registry.core import Registry
 from registry.credentials import Credentials
@@ -193,6 +194,7 @@ def build(
             issuer=certificates,
             observer=observer,
         ),
+        claim_psks=ClaimPsks(database, ring, refusals, clock=clock, random=random),
         registration_tokens=RegistrationTokens(
             database, certificates, clock=clock, random=random, feed=feed, refusals=refusals
         ),
@@ -256,6 +258,7 @@ async def open_registry(config: Config, *, environ: Mapping[str, str]) -> AsyncI
                 await core.stop_downlinks()
                 await core.stop_certificates()
                 await core.registry.resolver.stop()
+                await core.registry.claim_psks.stop()
                 await core.registry.feed.close()
         finally:
             await database.close()

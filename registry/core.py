@@ -8,6 +8,7 @@ from datetime import datetime
 
 from registry.certificates import Certificates, ForeignCertificates
 from registry.children import Children
+from registry.claim_psk import ClaimPsks
 from registry.commands import Commands
 from registry.credentials import Credentials
 from registry.device_config import DeviceConfigs
@@ -42,6 +43,7 @@ class Registry:
     credentials: Credentials
     templates: Templates
     key_claim: KeyClaim
+    claim_psks: ClaimPsks
     registration_tokens: RegistrationTokens
     certificates: Certificates
     foreign_certificates: ForeignCertificates

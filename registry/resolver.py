@@ -11,7 +11,9 @@ session is admitted its credential is read again from the database, after the se
 revocation either commits before that reading, which then refuses, or after it, and then finds the session in the table.
 
 A PSK is needed before it is proved. `offer` gives a key for any identity: an unknown one gets a random key, so the
-handshake fails exactly as it does for a wrong key. `confirm` is called when the handshake has verified.
+handshake fails exactly as it does for a wrong key. `confirm` is called when the handshake has verified. An identity is
+sent in the clear and can be guessed, so `offer` never asks the cache, which would answer sooner for those that exist,
+and opens a seal for every identity.
 
 Unknown and refused credentials do the same work: one look-up by hash through the same statement, never from the cache,
 not even when one expired while it was remembered.
@@ -66,6 +68,8 @@ _LOOKUP_QUEUE = 50_000
 """Waiting look-ups: a reconnect storm of a full node; beyond it new arrivals are told to come later."""
 
 Lookup = tuple[CredentialKind, bytes]
+_DECOY = SealContext("psk", "", "")
+"""Whose the sealed value is that is opened for identities that nobody has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,7 @@ class Resolver:
         self._feed_trusted = feed_trusted
         self._hint = hint
         self.counters = ResolverCounters()
+        self._decoy = ring.seal(Secret(random(secrets.SECRET_BYTES)), _DECOY)
         self._lookups: Batcher[Lookup, CredentialState | None] = Batcher(
             "credential look-up", self._look_up, max_items=_LOOKUP_BATCH, max_queued=_LOOKUP_QUEUE, runners=2
         )
@@ -162,20 +167,22 @@ class Resolver:
 
     async def offer(self, evidence: PskIdentity, contact: Contact) -> PskOffer:
         """A key to run a PSK handshake with, for any identity. Raises Unavailable only."""
-        state = await self._find(lookup_of(evidence), contact)
+        state = await self._read(lookup_of(evidence), contact)
         stand_in: Secret[bytes] = Secret(self._random(secrets.SECRET_BYTES))
         if state is None or state.sealed_key is None:
+            self._ring.open(self._decoy, _DECOY)
             self._note(None, "unknown psk", contact)
+            return PskOffer(stand_in, None)
+        try:
+            key = self._ring.open(state.sealed_key, psk_seal(state))
+        except SealBroken as broken:
+            self._note(state, f"sealed key does not open: {broken}", contact)
             return PskOffer(stand_in, None)
         reason = self.judge(state)
         if reason is not None:  # a peer with the right key must not learn that it was the right one
             self._note(state, reason, contact)
             return PskOffer(stand_in, None)
-        try:
-            return PskOffer(self._ring.open(state.sealed_key, psk_seal(state)), state)
-        except SealBroken as broken:
-            self._note(state, f"sealed key does not open: {broken}", contact)
-            return PskOffer(stand_in, None)
+        return PskOffer(key, state)
 
     async def confirm(self, offer: PskOffer, contact: Contact) -> Identity:
         """The identity behind an offer whose handshake has verified. Raises Unauthenticated."""
@@ -231,14 +238,17 @@ class Resolver:
                 return cached
         self.counters.cache_misses += 1
         asked_at = self._cache.generation
-        try:
-            state = await self._lookups.submit(lookup)
-        except Unavailable:
-            self._observer.auth_attempted(contact.transport, AuthOutcome.UNAVAILABLE)
-            raise
+        state = await self._read(lookup, contact)
         if state is not None and self._feed_trusted() and self.judge(state) is None:
             self._cache.put(lookup, state, asked_at)
         return state
+
+    async def _read(self, lookup: Lookup, contact: Contact) -> CredentialState | None:
+        try:
+            return await self._lookups.submit(lookup)
+        except Unavailable:
+            self._observer.auth_attempted(contact.transport, AuthOutcome.UNAVAILABLE)
+            raise
 
     async def _look_up(self, wanted: Sequence[Lookup]) -> Sequence[CredentialState | None]:
         async with self._database.connection() as connection:

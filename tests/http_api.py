@@ -25,6 +25,7 @@ from adapters.http.server import HttpsServer
 from adapters.tls.context import TlsContext
 from registry.certificates import Certificates, ForeignCertificates
 from registry.children import Children
+from registry.claim_psk import ClaimPsks
 from registry.commands import Commands
 from registry.core import Registry
 from registry.credentials import Credentials
@@ -218,6 +219,7 @@ async def running_api(
             database, teardown=teardown, patterns=patterns, key_ring=ring, clock=clock, random=os.urandom, feed=feed
         ),
         key_claim=KeyClaim(database, refusals=refusals, patterns=patterns, **shared),
+        claim_psks=ClaimPsks(database, ring, refusals, clock=clock, random=os.urandom),
         registration_tokens=RegistrationTokens(
             database, certificates, clock=clock, random=os.urandom, feed=feed, refusals=refusals
         ),
@@ -261,6 +263,7 @@ async def running_api(
         await registry.revocation_lists.stop()
         await trust.live.stop()
         await resolver.stop()
+        await registry.claim_psks.stop()
         await node.leave()
         await feed.close()
         await database.close()

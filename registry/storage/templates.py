@@ -5,7 +5,7 @@ Lock order: the template's row first (a claim takes it shared, FOR KEY SHARE, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,7 +42,7 @@ _TERMS = """
     p.tags AS profile_tags, p.config AS profile_config, p.anchor_mode AS profile_anchor_mode
 """
 
-_NOBODY = UUID(int=0)
+NOBODY = UUID(int=0)
 """No tenant has this id: theirs are random (RFC 9562 §5.9 calls it the nil UUID)."""
 
 _PROFILE = "device_profile p ON p.tenant_id = t.tenant_id AND p.profile_id = t.profile_id"
@@ -72,6 +72,19 @@ class ClaimTerms:
     def limited(self) -> bool:
         """Whether claims must be counted one by one."""
         return self.one_time or self.max_claims is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimPskState:
+    """What decides whether a claim PSK opens an association."""
+
+    tenant_id: TenantId
+    template_id: TemplateId
+    status: TemplateStatus
+    expires_at: datetime | None
+    sealed_claim_psk: bytes = field(repr=False)
+    repeatable: bool
+    """A credential that the template made is living and has never been used: its answer may have been lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +229,7 @@ async def for_claim(
         """,  # noqa: S608  # the columns are a constant of this file
         key_hash,
         hardware_id,
-        _NOBODY,
+        NOBODY,
     )
     if row is None or row["template_id"] is None:
         return None
@@ -262,6 +275,25 @@ async def sealed_claim_psk(connection: Connection, template_id: str) -> tuple[Te
         "SELECT tenant_id, status, sealed_claim_psk FROM provisioning_template WHERE template_id = $1", template_id
     )
     return (row["tenant_id"], TemplateStatus(row["status"]), row["sealed_claim_psk"]) if row else None
+
+
+async def claim_psks(connection: Connection, wanted: Sequence[str]) -> list[ClaimPskState | None]:
+    """One entry per template id, in order; None where there is none. The identity says which tenant it is."""
+    rows = await connection.fetch(
+        """
+        SELECT t.tenant_id, t.template_id, t.status, t.expires_at, t.sealed_claim_psk,
+               t.status = 'used' AND EXISTS (
+                   SELECT FROM device d JOIN credential c ON c.tenant_id = d.tenant_id AND c.device_id = d.device_id
+                   WHERE d.tenant_id = t.tenant_id AND d.template_id = t.template_id
+                     AND c.first_used_at IS NULL AND c.revoked_at IS NULL
+               ) AS repeatable
+        FROM unnest($1::text[]) WITH ORDINALITY AS wanted (template_id, position)
+        LEFT JOIN provisioning_template t ON t.template_id = wanted.template_id
+        ORDER BY wanted.position
+        """,
+        list(wanted),
+    )
+    return [_claim_psk_state(row) if row["template_id"] else None for row in rows]
 
 
 @contextmanager
@@ -317,6 +349,17 @@ def _terms(row: Record) -> ClaimTerms:
         profile_tags=row["profile_tags"] or {},
         profile_config=row["profile_config"] or {},
         profile_anchor_mode=AnchorMode(row["profile_anchor_mode"]) if row["profile_anchor_mode"] else None,
+    )
+
+
+def _claim_psk_state(row: Record) -> ClaimPskState:
+    return ClaimPskState(
+        tenant_id=row["tenant_id"],
+        template_id=row["template_id"],
+        status=TemplateStatus(row["status"]),
+        expires_at=row["expires_at"],
+        sealed_claim_psk=row["sealed_claim_psk"],
+        repeatable=row["repeatable"],
     )
 
 

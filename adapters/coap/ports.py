@@ -49,10 +49,19 @@ class Observation(Protocol):
     """An interest that the client has registered with this request (RFC 7641). Offered; `accept` takes it."""
 
     def accept(self, cancelled: Callable[[], None]) -> None:
-        """Keep it. `cancelled` is called once when the client, its silence or the end of its peer ends it."""
+        """Keep it. `cancelled` is called once when the client, its silence or the end of its peer ends it.
 
-    def notify(self, response: Response) -> None:
-        """Send the newest state; of several that wait only the last one is sent. An error code ends the observation."""
+        So it is when `handle` then answers with an error. It is not called for what the handler ends by itself: `end`,
+        or an error as notification. To call it a second time is our bug.
+        """
+
+    def notify(self, response: Response, delivered: Callable[[], None] | None = None) -> None:
+        """Send the newest state; of several that wait only the last one is sent. An error code ends the observation.
+
+        Valid from `accept` on, and before `handle` has answered too: it is sent after the answer. With `delivered` the
+        notification is a confirmable one, and `delivered` is called when the client has acknowledged it; it is never
+        called when a newer state has taken its place or the observation ends before. After the end this does nothing.
+        """
 
     def end(self) -> None:
         """Forget it without a word."""

@@ -26,6 +26,7 @@ from datetime import datetime
 import msgspec
 
 from registry.errors import InvalidArgument
+from registry.messaging_values import Incoming
 from registry.model import DeviceId, Identity, Json, TenantId, Transport
 from registry.telemetry import Reading, parse_telemetry, parse_time, shown
 
@@ -76,6 +77,8 @@ class NewUplink(msgspec.Struct, frozen=True):
     transport: Transport
     via: DeviceId | None
     readings: list[Reading]
+    origin: Incoming | None = None
+    """The QoS 2 packet id that it came under, of a stored session: the id is stored with it, and the two once."""
 
 
 class PayloadTooLarge(InvalidArgument):

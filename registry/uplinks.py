@@ -5,13 +5,15 @@
                  ▼                                  ├─ a row was refused ───► halves, until the culprit is alone
             Unavailable                             ├─ no partition ────────► made, again
                                                     ├─ rolled back ─────────► again
-                                                    └─ outcome open ────────► with message_id: again; else Unavailable
+                                                    └─ outcome open ────────► with an id: again; else Unavailable
 
 Invariants
 - A future that resolves to a `StoredUplink` means that its transaction is committed (DESIGN, an acknowledgement means
   stored). The opposite does not hold: `Unavailable` means that nobody knows, and the sender repeats.
 - (device_id, message_id) is stored once, whichever node, batch or day it comes in. The first one wins, whatever its
   content; the others get its id and `duplicate=True`. Keys are forgotten together with the uplinks (retention).
+- The QoS 2 packet id of a stored session that an uplink came under (`origin`) is stored in its transaction, and only
+  by the session's present owner: a repeated PUBLISH finds it, whatever was killed in between.
 - One uplink cannot harm another: payloads are checked before they are queued, and a refused batch is split.
 
 What can race: the same key in one batch (the first submitted wins), on two nodes (PostgreSQL lets the second wait for
@@ -34,12 +36,14 @@ from asyncpg import Record
 
 from registry.batching import Batcher
 from registry.errors import InvalidArgument, RegistryError, Unavailable
+from registry.messaging_values import SessionLost
 from registry.model import DeviceId, TenantId, Transport, UplinkId
 from registry.paging import Listing, Page, decode_cursor, listing
 from registry.payloads import NewUplink
 from registry.storage import uplinks as storage
+from registry.storage.commits import certain_transaction
 from registry.storage.database import Database
-from registry.storage.uplinks import BEGINNING, END, LAST_UUID, Row, Window
+from registry.storage.uplinks import BEGINNING, END, LAST_UUID, Received, Row, Window
 from registry.telemetry import Value
 
 RETRY_PAUSES = (0.05, 0.2, 0.5, 1.0)
@@ -155,7 +159,8 @@ class Uplinks:
         """Queue an uplink; the future is done when it is committed, or has the error.
 
         Raises Unavailable at once if the queue is full. The future raises Unavailable if the outcome is not known,
-        and InvalidArgument if PostgreSQL refused this very row. A caller that is cancelled leaves its uplink in.
+        InvalidArgument if PostgreSQL refused this very row, and SessionLost if the session of its `origin` is somebody
+        else's now; in the last two cases nothing was stored. A caller that is cancelled leaves its uplink in.
         """
         return self._batcher.submit(uplink)
 
@@ -226,8 +231,7 @@ class Uplinks:
     async def _store(self, rows: list[Row], tries: int, give_up_at: float) -> list[Outcome]:
         """One outcome per row, in order. `tries` counts the failed ones before."""
         try:
-            async with self._database.connection() as connection:
-                won = await storage.insert(connection, rows)
+            stored = await self._insert(rows)
         except storage.RowsRefused:
             return await self._store_halves(rows, tries, give_up_at)
         except storage.PartitionMissing:
@@ -236,13 +240,21 @@ class Uplinks:
         except storage.RolledBack:
             return await self._store_again(rows, tries, give_up_at)
         except Unavailable:
-            # Committed or not: only a message id makes it safe to try again.
-            named = [row for row in rows if _is_named(row)]
-            again = _by_id(named, await self._store_again(named, tries, give_up_at))
+            # Committed or not: only a message id, or a packet id that is stored with it, makes it safe to try again.
+            known = [row for row in rows if _is_named(row) or row[1].origin is not None]
+            again = _by_id(known, await self._store_again(known, tries, give_up_at))
             return [again.get(uplink_id) or _outcome_open() for uplink_id, _ in rows]
-        lost = [row for row in rows if _is_named(row) and row[0] not in won]
+        settled = _by_id(rows, [_without_winner(uplink_id, stored) for uplink_id, _ in rows])
+        lost = [row for row in rows if _is_named(row) and row[0] not in stored.won and row[0] not in stored.untouched]
         winners = _by_id(lost, await self._find_winners(lost, tries, give_up_at))
-        return [winners.get(uplink_id) or StoredUplink(uplink_id, False) for uplink_id, _ in rows]
+        return [winners.get(uplink_id) or settled[uplink_id] for uplink_id, _ in rows]
+
+    async def _insert(self, rows: list[Row]) -> Received:
+        if all(uplink.origin is None for _, uplink in rows):
+            async with self._database.connection() as connection:
+                return Received(await storage.insert(connection, rows))
+        async with certain_transaction(self._database) as connection:
+            return await storage.insert_received(connection, rows)
 
     async def _store_again(self, rows: list[Row], tries: int, give_up_at: float) -> list[Outcome]:
         if not rows:
@@ -287,6 +299,12 @@ def _weight(uplink: NewUplink) -> int:
 
 def _is_named(row: Row) -> bool:
     return row[1].message_id is not None
+
+
+def _without_winner(uplink_id: UplinkId, stored: Received) -> Outcome:
+    if uplink_id in stored.strangers:
+        return SessionLost()
+    return StoredUplink(uplink_id, uplink_id in stored.repeated)
 
 
 def _key(uplink: NewUplink) -> tuple[DeviceId, str]:

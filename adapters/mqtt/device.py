@@ -5,7 +5,9 @@
                     └── 0x87, or closed ──────────┘                   └ refused ─► its reason, or closed
     SUBSCRIBE ─► filter ─► own, or a child's? ─► commands and configuration attached | broker's table | 0x80, 0x87
 
-Acknowledgements. `Session.stored` is called when the core says that its transaction is committed, never before. What
+Acknowledgements. `Session.stored` is called when the core says that its transaction is committed, never before. The
+packet id of a QoS 2 uplink is in that transaction where the session is stored, unless the uplink has a message id of
+its own: both make a repetition harmless over any crash, and the message id over sessions too. What
 the core refuses for good (a payload that is none) is 0x99 in MQTT 5; 3.1.1 has no such word, and saying yes would be
 untrue, so the connection is closed [MQTT-3.3.5-2]. Of QoS 0 nobody expects an answer: a payload that cannot be read is
 counted and dropped, while a topic that is not allowed ends the connection in both versions, with 0x87 in 5. When the
@@ -90,7 +92,7 @@ from registry.errors import (
     Unavailable,
 )
 from registry.events import EventKind
-from registry.messaging_values import Opening, Ownership, Published, SessionKey, SessionLost, StoredSession
+from registry.messaging_values import Incoming, Opening, Ownership, Published, SessionKey, SessionLost, StoredSession
 from registry.model import Contact, DeviceId, TenantId, Transport
 from registry.payloads import NewUplink, PayloadTooLarge, Source
 from registry.sessions import Session as RegistrySession
@@ -488,6 +490,8 @@ class DeviceRole:
         except InvalidArgument as error:
             self._unreadable(receipt, error, now)
             return
+        if self.ownership is not None and receipt.qos is QoS.EXACTLY_ONCE and uplink.message_id is None:
+            uplink = msgspec.structs.replace(uplink, origin=Incoming(self.ownership, receipt.packet_id))
         if self._waiting:
             self._waiting.append((receipt, uplink))
         elif not self._submit(receipt, uplink):
@@ -582,6 +586,8 @@ class DeviceRole:
         match error:
             case InvalidArgument():
                 self._unreadable(receipt, error, now)
+            case SessionLost():  # nothing was stored; whoever has the session now hears it again
+                self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
             case FailedPrecondition() | NotFound():
                 if self.peer.machine.version is Version.V5 and receipt.qos is not QoS.AT_MOST_ONCE:
                     self.mqtt.failed(receipt, ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR, now, error.message)

@@ -84,6 +84,18 @@ async def known_incoming(
     return {(row["session_id"], row["packet_id"]) for row in rows}
 
 
+async def remember_incoming(connection: Connection, ids: Sequence[tuple[StoredSessionId, int]]) -> None:
+    """Store QoS 2 ids (session, packet id) that are not there; the sessions' rows are held by the caller."""
+    await connection.execute(
+        """
+        INSERT INTO messaging_incoming (session_id, packet_id)
+        SELECT session_id, packet_id FROM unnest($1::bigint[], $2::integer[]) AS u (session_id, packet_id)
+        """,
+        [session_id for session_id, _ in ids],
+        [packet_id for _, packet_id in ids],
+    )
+
+
 async def pending_wills(connection: Connection, will_ids: Sequence[int]) -> set[int]:
     """Which of these wills still wait to be published; held."""
     rows = await connection.fetch(

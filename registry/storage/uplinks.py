@@ -10,6 +10,10 @@ What the statement does, in PostgreSQL's order of effects:
 
 It answers the uplinks that won. Who lost is looked up afterwards, in a new snapshot, in which the winner is committed.
 
+Uplinks that came under a QoS 2 packet id of a stored session go in with `insert_received`: the session's row is held
+until the commit, so the id is recorded by the session's present owner only, and whoever takes the session next finds
+both the uplink and the id, or neither.
+
 Failures are told apart by what they say about the outcome, see `insert`.
 """
 
@@ -24,9 +28,10 @@ import asyncpg
 from asyncpg import Record
 from asyncpg.pgproto import pgproto
 
+from registry.messaging_values import StoredSessionId
 from registry.model import DeviceId, TenantId, UplinkId
 from registry.payloads import NewUplink
-from registry.storage import partitions
+from registry.storage import messaging, messaging_sessions, partitions
 from registry.storage.database import Connection
 
 Row = tuple[UplinkId, NewUplink]
@@ -103,6 +108,45 @@ async def insert(connection: Connection, rows: Sequence[Row]) -> set[UplinkId]:
     except ValueError as error:  # a value that has no encoding; nothing was sent
         raise RowsRefused from error
     return {row["uplink_id"] for row in won}
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What became of a batch: who won their message id, who was stored before under its packet id, and whose session
+    belongs to somebody else now or is gone. Of the last two nothing was stored."""
+
+    won: set[UplinkId]
+    repeated: frozenset[UplinkId] = frozenset()
+    strangers: frozenset[UplinkId] = frozenset()
+
+    @property
+    def untouched(self) -> frozenset[UplinkId]:
+        """Those of which nothing was stored now."""
+        return self.repeated | self.strangers
+
+
+async def insert_received(connection: Connection, rows: Sequence[Row]) -> Received:
+    """Store a batch with the packet ids of its origins, in the caller's transaction. Raises as `insert`."""
+    origins = {uplink_id: u.origin for uplink_id, u in rows if u.origin is not None}
+    held = await messaging_sessions.lock(connection, {o.ownership.session_id for o in origins.values()})
+    places = [(o.ownership.session_id, o.packet_id) for o in origins.values()]
+    known = await messaging.known_incoming(connection, places)
+    repeated: set[UplinkId] = set()
+    strangers: set[UplinkId] = set()
+    fresh: list[tuple[StoredSessionId, int]] = []
+    for uplink_id, origin in origins.items():
+        session = held.get(origin.ownership.session_id)
+        place = origin.ownership.session_id, origin.packet_id
+        if session is None or session.epoch != origin.ownership.epoch:
+            strangers.add(uplink_id)
+        elif place in known:
+            repeated.add(uplink_id)
+        else:
+            known.add(place)
+            fresh.append(place)
+    await messaging.remember_incoming(connection, fresh)
+    won = await insert(connection, [row for row in rows if row[0] not in repeated and row[0] not in strangers])
+    return Received(won, frozenset(repeated), frozenset(strangers))
 
 
 _INSERT = """

@@ -158,6 +158,15 @@ class Mqtt(Section, frozen=True, kw_only=True):
         ),
     ] = 256
     inflight: Annotated[
+    idle_seconds: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=31_536_000,
+            description="A connection that is silent for so long is closed whatever its keep-alive is: MQTT 3.1.1 "
+            "cannot be told a shorter one, and 0 means none. 0 allows any silence.",
+        ),
+    ] = 86_400
         int,
         Meta(ge=1, le=32_767, description="Messages to one client that it has not acknowledged. It may ask for less."),
     ] = 128

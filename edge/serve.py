@@ -559,6 +559,7 @@ def _mqtt_limits(config: Config) -> ServerLimits:
     return ServerLimits(
         machine=machine,
         provisioning=mqtt.provisioning_connections,
+        idle=float(mqtt.idle_seconds),
         provisioning_seconds=mqtt.provisioning_seconds,
         provisioning_attempts_per_second=config.limits.provisioning_attempts_per_second,
         provisioning_attempts_burst=config.limits.provisioning_attempts_burst,

@@ -852,6 +852,9 @@ class Connection:
         if self._keep_alive:
             at = self._heard_at + 1.5 * self._keep_alive  # [MQTT-3.1.2-22]; 3.1.1 [MQTT-3.1.2-24]
             due.append((at, ReasonCode.KEEP_ALIVE_TIMEOUT, "nothing heard for 1.5 times the keep-alive"))
+        if limits.idle:  # 5.0 §3.1.2.10: a server may end an inactive connection whatever its keep-alive is
+            at = self._heard_at + limits.idle
+            due.append((at, ReasonCode.KEEP_ALIVE_TIMEOUT, "nothing heard for the longest time that is allowed"))
         if self._partial_since is not None:
             at = self._partial_since + limits.packet_grace + self._framer.buffered / limits.min_packet_rate
             due.append((at, ReasonCode.UNSPECIFIED_ERROR, "a packet that does not end"))

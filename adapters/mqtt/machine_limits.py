@@ -23,6 +23,7 @@ class MqttLimits:
     min_packet_rate: int = 64  # bytes per second; NB-IoT at its worst does a few hundred
     write_stall: float = 30.0  # a peer that takes nothing of what we write for this long is cut
     keep_alive: int = 3_600  # asked of clients of 5.0 that want more or none; a dead peer must not stay for ever
+    idle: float = 86_400.0  # silence of a client that asked for no keep-alive, or a longer one; 0 allows any
     receive_maximum: int = 256  # incoming QoS 1 and 2 that are not acknowledged; feeds a whole group commit
     unreleased: int = 1_024  # incoming QoS 2 of 3.1.1, which has no receive maximum, waiting for PUBREL
     unanswered_messages: int = 256  # incoming messages of any QoS being stored; then reading stops
@@ -47,3 +48,5 @@ class MqttLimits:
             raise ValueError(f"topic_aliases_in {self.topic_aliases_in}; the protocol allows 0 to 65535")
         if not 0 <= self.keep_alive <= 0xFFFF:
             raise ValueError(f"keep_alive {self.keep_alive}; the protocol allows 0 (any) to 65535")
+        if self.idle < 0:
+            raise ValueError(f"idle {self.idle}; seconds, or 0 for any")

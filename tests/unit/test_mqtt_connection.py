@@ -1347,10 +1347,19 @@ def test_keep_alive_is_one_and_a_half_times_and_any_packet_resets_it(version: Ve
     )
 
 
-def test_without_keep_alive_there_is_no_timer_in_3() -> None:
-    peer = Peer(V311)
+def test_without_keep_alive_silence_is_bounded_in_3_or_not_at_all() -> None:
+    peer = Peer(V311, limits=MqttLimits(idle=0.0))
     peer.connects()
     assert peer.connection.next_timer() is None
+    for keep_alive in (0, 60_000):
+        peer = Peer(V311, limits=MqttLimits(idle=100.0))
+        peer.connects(keep_alive=keep_alive)
+        peer.now = 99
+        peer.sends(PINGREQ)
+        peer.gets()
+        assert peer.connection.next_timer() == 199
+        peer.connection.tick(199)
+        assert ended(peer.events()).reason is R.KEEP_ALIVE_TIMEOUT
 
 
 def test_connect_must_come_in_time_whole() -> None:

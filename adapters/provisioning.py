@@ -2,11 +2,11 @@
 
     {"provision_key", "device_name", "hardware_id", "nonce"?, "csr"?}   the key claim of seed 001
     {"token", "csr"}                                                    the registration token of seed 004
-        ─► the core ─► {"status": "ok", …the fields of the HTTP answer} | {"status": "error", "code", "message", …}
+        ─► the core ─► Provisioned: the fields of the HTTP answer | RegistryError       (`provision`, CoAP)
+                       {"status": "ok", …those fields} | {"status": "error", "code", "message", …}  (`answer`, MQTT)
 
 Which contract it is, the fields tell. Unknown, disabled, used, expired and revoked keys and tokens get one error, the
-core's (registry/errors.py, `Refused`). The form is judged first and for everybody alike. Whatever goes wrong becomes an
-answer; only what nobody expected is raised.
+core's (registry/errors.py, `Refused`). The form is judged first and for everybody alike.
 
 Nothing here has a state of its own. HTTP has the same fields in its own typed models, for its document of operations.
 """
@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, assert_never
 
 import msgspec
 from msgspec import Meta
 
+from adapters.cbor import decode_cbor
 from registry.core import Registry
 from registry.credentials import IssuedApiKey, IssuedCredential
-from registry.errors import InvalidArgument, RegistryError
+from registry.errors import InvalidArgument, Refused, RegistryError
+from registry.events import EventKind
 from registry.key_claim import ClaimRequest
-from registry.model import Contact, CredentialKind
+from registry.model import Contact, CredentialKind, TemplateId
 from registry.ports import IssuedCertificate
 from registry.psk import IssuedPsk
 from registry.secrets import Secret
@@ -44,6 +46,14 @@ class Endpoint:
     port: int
 
 
+@dataclass(frozen=True, slots=True)
+class Provisioned:
+    """The answer to a good request: JSON types and times. `created`: a device or a credential was made by it."""
+
+    created: bool
+    fields: Mapping[str, Any] = field(repr=False)
+
+
 @dataclass(slots=True)
 class Provisioning:
     """Answers provisioning requests. `mqtt` and `coap` are told to devices that come with a token; they may be set
@@ -56,20 +66,35 @@ class Provisioning:
     async def answer(self, request: bytes, contact: Contact) -> Mapping[str, Any]:
         """The answer to one request: JSON types and times, to be encoded by msgspec. Never raises a RegistryError."""
         try:
-            return {"status": "ok", **await self._provision(_read(request), contact)}
+            return {"status": "ok", **(await self.provision(request, contact)).fields}
         except RegistryError as error:
             return error_answer(error, contact.correlation_id)
 
-    async def _provision(self, asked: _Claim | _Redemption, contact: Contact) -> Mapping[str, Any]:
+    async def provision(
+        self,
+        request: bytes,
+        contact: Contact,
+        *,
+        cbor: bool = False,
+        proven_template: TemplateId | None = None,
+    ) -> Provisioned:
+        """Do what one request asks. Raises RegistryErrors: InvalidArgument, Refused, FailedPrecondition, Unavailable.
+
+        `proven_template` is the one whose claim PSK the peer has proved: its key and no other is taken then, and no
+        token.
+        """
+        asked = _read(request, cbor=cbor)
         match asked:
             case _Claim():
-                return await self._claim(asked, contact)
+                return await self._claim(asked, contact, proven_template)
             case _Redemption():
-                return await self._redeem(asked, contact)
+                if proven_template is not None:
+                    raise self._refuse("a registration token on a claim PSK's association", proven_template, contact)
+                return Provisioned(True, await self._redeem(asked, contact))
             case _:
                 assert_never(asked)
 
-    async def _claim(self, asked: _Claim, contact: Contact) -> Mapping[str, Any]:
+    async def _claim(self, asked: _Claim, contact: Contact, proven_template: TemplateId | None) -> Provisioned:
         claimed = await self.registry.key_claim.claim(
             ClaimRequest(
                 provision_key=Secret(asked.provision_key),
@@ -77,15 +102,28 @@ class Provisioning:
                 hardware_id=asked.hardware_id,
                 nonce=asked.nonce,
                 csr=None if asked.csr is None else asked.csr.encode(),
+                proven_template=proven_template,
             ),
             contact,
         )
-        return {
+        told = {
             "device_id": claimed.device_id,
             "api_key": "",
             "credential_type": claimed.credential_type,
             **issued_fields(claimed.issued),
         }
+        return Provisioned(claimed.created, told)
+
+    def _refuse(self, reason: str, template_id: TemplateId, contact: Contact) -> Refused:
+        self.registry.refusals.note(
+            tenant_id=None,
+            device_id=None,
+            kind=EventKind.PROVISIONING_REFUSED,
+            reason=reason,
+            contact=contact,
+            detail={"template_id": template_id},
+        )
+        return Refused(reason)
 
     async def _redeem(self, asked: _Redemption, contact: Contact) -> Mapping[str, Any]:
         done = await self.registry.registration_tokens.provision(Secret(asked.token), asked.csr.encode(), contact)
@@ -160,10 +198,15 @@ _CLAIM: Final = msgspec.json.Decoder(_Claim)
 _REDEMPTION: Final = msgspec.json.Decoder(_Redemption)
 
 
-def _read(request: bytes) -> _Claim | _Redemption:
+def _read(request: bytes, *, cbor: bool) -> _Claim | _Redemption:
     if len(request) > MAX_REQUEST_BYTES:
         raise InvalidArgument(f"the request has {len(request)} bytes; allowed are up to {MAX_REQUEST_BYTES}")
     try:
+        if cbor:
+            value = decode_cbor(request)
+            if isinstance(value, dict) and "token" in value:
+                return msgspec.convert(value, _Redemption)
+            return msgspec.convert(value, _Claim)
         members = msgspec.json.decode(request, type=dict[str, msgspec.Raw])
         return _REDEMPTION.decode(request) if "token" in members else _CLAIM.decode(request)
     except UnicodeDecodeError:

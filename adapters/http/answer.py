@@ -39,6 +39,7 @@ class Code(Enum):
     """The error codes that are used below the application."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     UNAVAILABLE = "UNAVAILABLE"
     INTERNAL = "INTERNAL"
@@ -57,19 +58,21 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer that ends the connection. `message` says what was and what is allowed, and quotes no input."""
+    """An answer that ends the connection. `message` says what was and what is allowed, and quotes no input; `headers`
+    are as an `Answer`'s."""
 
     status: int
     code: Code
     message: str
     retry_after: int | None = None
+    headers: HeaderList = ()
 
     def answer(self, correlation_id: str) -> Answer:
         """The refusal in the shape that every error of the API has."""
         document = {"code": self.code.value, "message": self.message, "correlation_id": correlation_id}
-        headers: HeaderList = ()
+        headers = self.headers
         if self.retry_after is not None:
-            headers = ((b"retry-after", str(self.retry_after).encode()),)
+            headers = (*headers, (b"retry-after", str(self.retry_after).encode()))
         return Answer(self.status, json.dumps(document).encode(), headers)
 
 

@@ -12,7 +12,9 @@ What waits is one of
 - `Exchange`: handed to the ASGI application as soon as its head is there; its body follows;
 - `HotRequest`: a small, complete request of a path that the hot handler accepts. The handler answers at once or with
   a future; no task, no scope, one write;
-- `Refusal`: the answer to bad input. It keeps its place in the order, is the last, and then the connection drains.
+- `Refusal`: the answer to bad input. It keeps its place in the order, is the last, and then the connection drains;
+- `Upgrade`: the last, too. When its turn comes, everything of this connection ends but its transport, which goes on
+  under another protocol, with what has been read already.
 
 Devices repeat themselves, so a connection keeps the first few heads of hot requests that came whole in one read. When a
 read between two requests begins with the very bytes of such a head and ends with the body that it announces, the parser
@@ -50,6 +52,7 @@ import msgspec
 from adapters.http.answer import CONTINUE, Answer, Code, Refusal, render
 from adapters.http.exchange import Exchange, Scope
 from adapters.http.request import Head, Headers, Refused, read_head
+from adapters.http.upgrade import Upgrade, judge
 from adapters.tls.stream import TlsTransport
 
 if TYPE_CHECKING:
@@ -97,6 +100,10 @@ class _Phase(Enum):
     BODY = auto()
 
 
+_Item = Exchange | HotRequest | Refusal | Upgrade
+"""What is answered in its turn."""
+
+
 class _Enough(Exception):
     """The last request of the connection has been read; what follows it is not."""
 
@@ -137,6 +144,7 @@ class HttpConnection(asyncio.Protocol):
         "_timer",
         "_trailer_bytes",
         "_transport",
+        "_upgrade",
         "_waiting",
         "_writable",
         "close_reason",
@@ -169,6 +177,7 @@ class HttpConnection(asyncio.Protocol):
         self._read = b""  # what the parser is being fed, if it began with a request whose head may become known
         self._known_heads: dict[bytes, Head] = {}
         self._receiving: Exchange | None = None
+        self._upgrade: Upgrade | None = None
         self._body_parts: list[bytes] | None = None
         self._body_bytes = 0
         self._body_framing = 0
@@ -176,8 +185,8 @@ class HttpConnection(asyncio.Protocol):
         self._body_mark = 0
         self._body_held = False  # counted by address
         # Answering
-        self._current: Exchange | HotRequest | Refusal | None = None
-        self._waiting: deque[Exchange | HotRequest | Refusal] = deque()
+        self._current: _Item | None = None
+        self._waiting: deque[_Item] = deque()
         self._writable: asyncio.Event | None = None
         # Deadlines, in loop time; infinity when they do not apply
         self._check_at = _NEVER
@@ -262,8 +271,11 @@ class HttpConnection(asyncio.Protocol):
         self._read_size = len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._deaf = True  # served as a plain request, and the last one
+        except httptools.HttpParserUpgrade as stopped:
+            self._deaf = True  # the last request: it becomes an upgrade, or was served as a plain one
+            upgrade, self._upgrade = self._upgrade, None
+            if upgrade is not None:
+                self._enqueue(upgrade.with_rest(data[stopped.args[0] :]))
         except httptools.HttpParserError as error:
             self._parse_failed(error)
         else:
@@ -382,6 +394,9 @@ class HttpConnection(asyncio.Protocol):
             keep_alive=parser.should_keep_alive(),
             upgrade=parser.should_upgrade(),
         )
+        route = server.upgrades.get(head.path)
+        if route is not None:
+            self._upgrade = judge(route, head, upgrade=parser.should_upgrade())
         limits = server.limits
         length = head.length
         self._body_limit = limits.body_overrides.get(head.path, limits.max_body_bytes)
@@ -394,6 +409,8 @@ class HttpConnection(asyncio.Protocol):
         self._head = head
         self._body_bytes = self._body_framing = self._trailer_bytes = 0
         server.counters.requests += 1
+        if self._upgrade is not None:
+            return
         if head.path == "*" or (
             server.hot is not None
             and length is not None
@@ -520,7 +537,7 @@ class HttpConnection(asyncio.Protocol):
 
     # Answering
 
-    def _enqueue(self, item: Exchange | HotRequest | Refusal) -> None:
+    def _enqueue(self, item: _Item) -> None:
         if self._current is None and not self._waiting and self._stall_at == _NEVER:
             self._begin(item)
         else:
@@ -533,7 +550,7 @@ class HttpConnection(asyncio.Protocol):
             self._begin(self._waiting.popleft())
             self._update_reading()
 
-    def _begin(self, item: Exchange | HotRequest | Refusal) -> None:
+    def _begin(self, item: _Item) -> None:
         self._current = item
         self._idle_at = _NEVER
         match item:
@@ -547,8 +564,22 @@ class HttpConnection(asyncio.Protocol):
                 self.write(render(answer, self.date_line(), keep_alive=False))
                 if self._transport is not None:
                     self._transport.close_draining()
+            case Upgrade():
+                self._hand_over(item)
             case _:
                 assert_never(item)
+
+    def _hand_over(self, upgrade: Upgrade) -> None:
+        """Leave HTTP. What knows this connection, such as a session that was opened on it, sees it end."""
+        transport = self._transport
+        if self._server.draining or transport is None or transport.is_closing():
+            self._begin(Refusal(503, Code.UNAVAILABLE, "the server is stopping", retry_after=1))
+            return
+        self._server.counters.upgraded += 1
+        self.close_reason = "upgraded"
+        self.write(upgrade.response(self.date_line()))
+        self.connection_lost(None)
+        upgrade.route.take(transport, upgrade.rest)
 
     def _start_task(self, exchange: Exchange) -> None:
         server = self._server

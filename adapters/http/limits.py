@@ -82,6 +82,7 @@ class HttpCounters:
         "refused_target_too_long",
         "requests",
         "stalled",
+        "upgraded",
     )
 
     def __init__(self) -> None:
@@ -90,6 +91,7 @@ class HttpCounters:
         self.app_failures = 0
         self.idle_closed = 0
         self.stalled = 0
+        self.upgraded = 0
         self.refused_bad_request = 0
         self.refused_slow = 0
         self.refused_body_too_large = 0

@@ -80,7 +80,7 @@ def read_head(method: str, version: str, target: bytes, headers: Headers, *, kee
         raise bad_request(f"{hosts} Host headers were sent; exactly one is required")
     if upgrade and length != 0:
         # llhttp takes what follows the head of such a request for another protocol's bytes.
-        raise bad_request("a request with a body asked for an upgrade; no upgrade is served")
+        raise bad_request("a request with a body asked for an upgrade; only one without a body may")
     path, raw_path, query = read_target(method, target)
     return Head(
         method=method,

@@ -10,6 +10,9 @@ The server holds what its connections share: the application, the limits, the ho
 signal handling, no access log and no configuration of its own; those belong to the process. The application is started
 and stopped by whoever made it: there is no ASGI lifespan.
 
+A connection that became a WebSocket is its new protocol's from then on, to count, to time and to end; of this server's
+it only keeps its place among the listener's connections. `drain` leaves it alone.
+
 What can race: a connection may appear while draining starts (its handshake had just finished): it is in `connections`
 and is closed with the others, or at its first idle moment. What can be lost: responses cut by the deadline.
 """
@@ -18,7 +21,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Final
 from uuid import uuid4
 
@@ -26,6 +30,7 @@ from adapters.http.answer import Code, DateLine, Refusal, render
 from adapters.http.connection import HotHandler, HttpConnection
 from adapters.http.exchange import AsgiApp
 from adapters.http.limits import Bodies, HttpCounters, HttpLimits
+from adapters.http.upgrade import WebSocketRoute
 from adapters.tls.admission import TlsCounters, TlsLimits
 from adapters.tls.context import TlsContext
 from adapters.tls.listener import TlsListener
@@ -34,7 +39,8 @@ _LAST_WORDS: Final = 1.0  # seconds for cancelled requests to send their 503 bef
 
 
 class HttpsServer:
-    """Serves `app` with HTTP/1.1 over TLS. `hot`, when given, is asked before the application."""
+    """Serves `app` with HTTP/1.1 over TLS. `hot`, when given, is asked before the application; the paths in `upgrades`
+    become WebSockets and are neither's."""
 
     def __init__(
         self,
@@ -44,10 +50,12 @@ class HttpsServer:
         limits: HttpLimits | None = None,
         tls_limits: TlsLimits | None = None,
         hot: HotHandler | None = None,
+        upgrades: Mapping[str, WebSocketRoute] = MappingProxyType({}),
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.app = app
         self.hot = hot
+        self.upgrades = upgrades
         self.limits = limits or HttpLimits()
         self.counters = HttpCounters()
         self.connections: set[HttpConnection] = set()
@@ -94,7 +102,8 @@ class HttpsServer:
             for task in list(self._tasks):
                 task.cancel()
             if not await self._all_closed(_LAST_WORDS):
-                self._listener.abort_all()
+                for connection in list(self.connections):
+                    connection.abort()
                 await self._all_closed(_LAST_WORDS)
         if self._tasks:  # answered already, but still running
             for task in list(self._tasks):

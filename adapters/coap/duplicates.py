@@ -1,0 +1,142 @@
+"""Which message ids have been taken already, and what was answered (RFC 7252 §4.2, §4.5).
+
+    first time ──► Entry, without reply ──► reply recorded ──► forgotten after EXCHANGE_LIFETIME / NON_LIFETIME
+    again, with reply: the same bytes again        again, without: it is being worked on, or was a NON; nothing
+
+One `Duplicates` serves all peers, because memory is one. Entries are in the order of their age, for each peer and over
+all; whatever the bound, the oldest go first. Invariants: an entry is in its peer's table and in exactly one of the two
+ages, or in neither; `bytes` is the sum of what the entries cost.
+
+What can be lost: when memory is short, an entry goes before its time. A retransmission that comes later still is then
+taken for a new request: it is answered again, and a request that is not idempotent acts twice, unless it has a message
+id of its own (uplinks may). The bound for one peer is far above what RFC 7252's NSTART lets it send in the 45 s in
+which a CON is repeated, so that only peers that break it pay, and with their own entries.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from adapters.coap.limits import CoapCounters, CoapLimits
+
+ENTRY_COST: Final = 400
+"""Bytes that an entry takes without its reply, measured: tables, key, object."""
+
+
+class Entry:
+    """One message id of one peer."""
+
+    __slots__ = ("_expires", "_table", "cost", "message_id", "reply")
+
+    def __init__(self, table: Table, message_id: int, expires: float) -> None:
+        self._table = table
+        self._expires = expires
+        self.message_id = message_id
+        self.reply: bytes | None = None
+        self.cost = ENTRY_COST
+
+
+class Table:
+    """The entries of one peer, oldest first."""
+
+    __slots__ = ("bytes", "entries")
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[int, Entry] = OrderedDict()
+        self.bytes = 0
+
+
+class Duplicates:
+    """The memory of all peers."""
+
+    __slots__ = ("_confirmable", "_counters", "_limits", "_others", "bytes")
+
+    def __init__(self, limits: CoapLimits, counters: CoapCounters) -> None:
+        self._limits = limits
+        self._counters = counters
+        self._confirmable: OrderedDict[Entry, None] = OrderedDict()
+        self._others: OrderedDict[Entry, None] = OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._confirmable) + len(self._others)
+
+    def find(self, table: Table, message_id: int, now: float) -> Entry | None:
+        """The entry of a message that was taken before, if it still counts."""
+        entry = table.entries.get(message_id)
+        if entry is None:
+            return None
+        if entry._expires <= now:
+            self._drop(entry)
+            return None
+        return entry
+
+    def take(self, table: Table, message_id: int, confirmable: bool, now: float) -> Entry:
+        """Remember a message id that `find` did not know."""
+        limits = self._limits
+        lifetime = limits.exchange_lifetime if confirmable else limits.non_lifetime
+        entry = Entry(table, message_id, now + lifetime)
+        table.entries[message_id] = entry
+        (self._confirmable if confirmable else self._others)[entry] = None
+        self._charge(entry, ENTRY_COST)
+        while len(table.entries) > limits.duplicates_per_peer:
+            self._forget_oldest_of(table)
+        return entry
+
+    def record(self, entry: Entry, reply: bytes) -> None:
+        """Keep what was answered, in place of what was recorded before."""
+        cost = ENTRY_COST + len(reply)
+        entry.reply = reply
+        if entry._table.entries.get(entry.message_id) is not entry:
+            return  # forgotten meanwhile
+        extra = cost - entry.cost
+        entry.cost = cost
+        self._charge(entry, extra)
+
+    def forget(self, table: Table) -> None:
+        """Drop all of a peer that is gone."""
+        for entry in list(table.entries.values()):
+            self._drop(entry)
+
+    def expire(self, now: float) -> None:
+        """Drop what is too old. Cheap when there is nothing."""
+        for age in (self._confirmable, self._others):
+            while age:
+                oldest = next(iter(age))
+                if oldest._expires > now:
+                    break
+                self._drop(oldest)
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do."""
+        heads = [next(iter(age))._expires for age in (self._confirmable, self._others) if age]
+        return min(heads, default=None)
+
+    def _charge(self, entry: Entry, extra: int) -> None:
+        table = entry._table
+        table.bytes += extra
+        self.bytes += extra
+        while table.bytes > self._limits.duplicate_bytes_per_peer and len(table.entries) > 1:
+            self._forget_oldest_of(table)
+        while self.bytes > self._limits.duplicate_bytes and len(self) > 1:
+            self._counters.duplicates_forgotten += 1
+            self._drop(self._oldest())
+
+    def _oldest(self) -> Entry:
+        heads = [next(iter(age)) for age in (self._confirmable, self._others) if age]
+        return min(heads, key=lambda entry: entry._expires)
+
+    def _forget_oldest_of(self, table: Table) -> None:
+        self._counters.duplicates_forgotten += 1
+        self._drop(next(iter(table.entries.values())))
+
+    def _drop(self, entry: Entry) -> None:
+        table = entry._table
+        del table.entries[entry.message_id]
+        if entry in self._confirmable:
+            del self._confirmable[entry]
+        else:
+            del self._others[entry]
+        table.bytes -= entry.cost
+        self.bytes -= entry.cost

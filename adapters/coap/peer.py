@@ -1,0 +1,725 @@
+"""The server's side of one CoAP peer, without the network: datagrams and `now` in, events and datagrams out.
+
+Theory
+------
+A request lives as an exchange from its datagram to its response:
+
+    CON ──► SERVING ──respond()──► ACK with the response ("piggybacked", RFC 7252 §5.2.1)
+               └─ack_delay─► ACKNOWLEDGED ──respond()──► a CON of ours, repeated until it is acknowledged (§5.2.2)
+    NON ──► SERVING ──respond()──► a NON of ours (§5.2.3)
+
+    receive: decode ─► known message id? the same answer again (duplicates.py)
+                    ─► options (options.py) ─► Block2 of an answer that is kept? the block
+                    ─► Block1? reassemble (blockwise.py) ─► RequestReceived
+
+The shell's duties, after every call: take `next_event` until None, send what `datagrams_to_send` gives, and call `tick`
+at `next_timer`. For each RequestReceived it owes one `respond`.
+
+Invariants. At most one CON of ours is unacknowledged (NSTART); answers that had to be separate wait in `_waiting`, and
+that is bounded by `requests_per_peer` since an exchange counts until its answer is on its way; notifications wait in
+their observation, one each. Nothing here is shared with another peer but memory, whose bounds are in duplicates.py and
+blockwise.py: a peer that is silent stops its own CONs and nobody else's.
+
+What can be lost: a response to a NON, as RFC 7252 has it; a separate response that nobody acknowledges in 93 s at most.
+
+Rejecting (§4.2, §4.3): a CON that is broken, empty (a ping), a response, or of a reserved class gets a Reset, as does a
+NON that we understand well enough to reject; all else is ignored. A Reset never answers an ACK or a Reset. No answer
+to a datagram that is none is longer than it.
+
+Nothing raises for the peer's faults. `LocalProtocolError` is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from random import Random
+from typing import Final, TypeAlias
+
+from aiocoap.numbers.codes import Code
+from aiocoap.numbers.types import Type
+
+from adapters.coap.blockwise import (
+    Complete,
+    Key,
+    Partial,
+    Refusal,
+    Snapshots,
+    Uploads,
+    answer_key,
+    entity_tag,
+    upload_key,
+)
+from adapters.coap.codec import decode, encode
+from adapters.coap.duplicates import Duplicates, Entry, Table
+from adapters.coap.limits import CoapCounters, CoapLimits
+from adapters.coap.messages import LocalProtocolError, Message, RemoteProtocolError
+from adapters.coap.observations import EndCause, Observation, ObservationState, Pending
+from adapters.coap.options import (
+    BLOCK1,
+    BLOCK2,
+    ETAG,
+    OBSERVE,
+    SIZE1,
+    SIZE2,
+    Block,
+    OptionError,
+    RequestOptions,
+    encode_uint,
+    read_request,
+    response_options,
+)
+from adapters.coap.ports import Request, Response
+from adapters.coap.transmissions import Transmission
+
+_REMEMBERED_NOTIFICATIONS: Final = 32  # message ids of them, so that a late Reset still finds its observation
+_OBSERVE_MODULUS: Final = 1 << 24  # RFC 7641 §3.4
+_REGISTER: Final = 0
+_DEREGISTER: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """A whole request. Owed: `respond(exchange, …)`. `observation`: its number, if the client offers one."""
+
+    exchange: int
+    request: Request
+    observation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotificationArrived:
+    """The client has acknowledged the notification that was given with this receipt."""
+
+    observation: int
+    receipt: Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class ObservationEnded:
+    """An accepted observation ended, not by the caller."""
+
+    observation: int
+    cause: EndCause
+
+
+Event: TypeAlias = RequestReceived | NotificationArrived | ObservationEnded
+
+
+class Memory:
+    """What all peers share: its bounds are over all of them."""
+
+    __slots__ = ("counters", "duplicates", "limits", "snapshots", "uploads")
+
+    def __init__(self, limits: CoapLimits, counters: CoapCounters) -> None:
+        self.limits = limits
+        self.counters = counters
+        self.duplicates = Duplicates(limits, counters)
+        self.uploads = Uploads(limits)
+        self.snapshots = Snapshots(limits, counters)
+
+    def expire(self, now: float) -> None:
+        """Drop what is too old of every peer, the silent ones included."""
+        self.duplicates.expire(now)
+        self.uploads.expire(now)
+        self.snapshots.expire(now)
+
+    def next_expiry(self) -> float | None:
+        """When `expire` has something to do."""
+        ends = (self.duplicates.next_expiry(), self.uploads.next_expiry(), self.snapshots.next_expiry())
+        return min((end for end in ends if end is not None), default=None)
+
+
+class _Exchange:
+    __slots__ = (
+        "ack_due",
+        "acknowledged",
+        "block1",
+        "block2",
+        "confirmable",
+        "entry",
+        "etags",
+        "key",
+        "message_id",
+        "no_response",
+        "number",
+        "observation",
+        "token",
+    )
+
+    def __init__(self, number: int, message: Message, entry: Entry, ack_due: float) -> None:
+        self.number = number
+        self.confirmable = message.type is Type.CON
+        self.message_id = message.message_id
+        self.token = message.token
+        self.entry = entry
+        self.ack_due = ack_due
+        self.acknowledged = False
+        self.no_response = 0
+        self.block1: Block | None = None
+        self.block2: Block | None = None
+        self.etags: tuple[bytes, ...] = ()
+        self.key: Key | None = None
+        self.observation: Observation | None = None
+
+
+class PeerMachine:
+    """One peer. `key` is unique among the living peers; `room` is the largest datagram that may be sent, in bytes.
+
+    `random` decides message ids and timeouts; `now` is seconds on the caller's clock, here and everywhere.
+    """
+
+    __slots__ = (
+        "_active",
+        "_closed",
+        "_events",
+        "_exchanges",
+        "_key",
+        "_limits",
+        "_memory",
+        "_message_id",
+        "_non_allowed_at",
+        "_notifiable",
+        "_notified",
+        "_number",
+        "_observations",
+        "_out",
+        "_random",
+        "_sequence",
+        "_table",
+        "_tokens",
+        "_unacknowledged",
+        "_waiting",
+        "room",
+    )
+
+    def __init__(self, key: int, memory: Memory, random: Random, room: int) -> None:
+        self.room = room
+        self._key = key
+        self._memory = memory
+        self._limits = memory.limits
+        self._random = random
+        self._message_id = random.randrange(0x10000)
+        self._number = 0
+        self._sequence = 0  # one for all observations, so that a token that is used again still counts up
+        self._table = Table()
+        self._exchanges: dict[int, _Exchange] = {}
+        self._unacknowledged: dict[int, _Exchange] = {}  # in the order of ack_due
+        self._active: Transmission | None = None
+        self._waiting: deque[Transmission] = deque()
+        self._observations: dict[int, Observation] = {}
+        self._tokens: dict[bytes, Observation] = {}
+        self._notifiable: dict[int, Observation] = {}  # those with a pending state, in turn
+        self._notified: dict[int, Observation] = {}  # by message id
+        self._non_allowed_at = 0.0
+        self._events: deque[Event] = deque()
+        self._out: list[bytes] = []
+        self._closed = False
+
+    # In ---------------------------------------------------------------------------------------------------------------
+
+    def receive(self, datagram: bytes, now: float) -> None:
+        """Take one datagram."""
+        if self._closed:
+            return
+        counters = self._memory.counters
+        counters.received += 1
+        try:
+            message = decode(datagram)
+        except RemoteProtocolError as error:
+            counters.malformed += 1
+            if error.header is not None and error.header.type is Type.CON:
+                self._reset(error.header.message_id)
+            return
+        if message.type is Type.ACK or message.type is Type.RST:
+            self._on_reply(message, now)
+            return
+        entry = self._memory.duplicates.find(self._table, message.message_id, now)
+        if entry is not None:
+            counters.duplicates += 1
+            if entry.reply is not None and message.type is Type.CON:
+                self._send(entry.reply)
+            return
+        if message.code.is_request():
+            self._on_request(message, now)
+            return
+        # a ping (§4.3), a response that nobody waits for, or a reserved class
+        if message.code != Code.EMPTY or message.type is Type.CON:
+            self._reset(message.message_id)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        if self._closed:
+            return
+        while self._unacknowledged:
+            exchange = next(iter(self._unacknowledged.values()))
+            if exchange.ack_due > now:
+                break
+            self._acknowledge(exchange)
+        active = self._active
+        if active is not None and active.due <= now:
+            self._repeat(active, now)
+        self._pump(now)
+
+    def next_timer(self) -> float | None:
+        """When `tick` has something to do."""
+        due: float | None = None
+        if self._unacknowledged:
+            due = next(iter(self._unacknowledged.values())).ack_due
+        if self._active is not None and (due is None or self._active.due < due):
+            due = self._active.due
+        if self._notifiable and self._active is None and (due is None or self._non_allowed_at < due):
+            due = self._non_allowed_at
+        return due
+
+    # Out --------------------------------------------------------------------------------------------------------------
+
+    def next_event(self) -> Event | None:
+        """The next thing that the caller has to know."""
+        return self._events.popleft() if self._events else None
+
+    def datagrams_to_send(self) -> list[bytes]:
+        """What is to be sent now, in order."""
+        out = self._out
+        if out:
+            self._out = []
+            self._memory.counters.sent += len(out)
+        return out
+
+    # The caller's answers ---------------------------------------------------------------------------------------------
+
+    def respond(self, number: int, response: Response, now: float) -> None:
+        """Answer a request; after `close`, do nothing.
+
+        Raises LocalProtocolError for one that was answered already, and it or others for a response that cannot be
+        written; the request then is still to be answered.
+        """
+        if self._closed:
+            return
+        exchange = self._exchanges.get(number)
+        if exchange is None:
+            raise LocalProtocolError(f"exchange {number} is not open")
+        assert exchange.key is not None
+        options: list[tuple[int, bytes]] = []
+        observation = exchange.observation
+        if observation is not None and self._settle(observation, response):
+            options.append((OBSERVE, self._next_sequence()))
+        if exchange.block1 is not None:
+            options.append((BLOCK1, exchange.block1.encode()))
+        if response.code == Code.CONTENT and response.etag is None and exchange.etags:
+            tag = entity_tag(response.payload)
+            if tag in exchange.etags:  # one that we gave, since the resource has none of its own
+                response = Response(Code.VALID, max_age=response.max_age, etag=tag)
+        self._finish_cut(exchange, response, options, now)
+        del self._exchanges[number]
+        self._unacknowledged.pop(number, None)
+        self._pump(now)
+
+    def accept(self, number: int) -> bool:
+        """Keep an observation that was offered; a good response makes it active. False when it is over already."""
+        observation = self._observations.get(number)
+        if observation is None:
+            return False
+        observation.accepted = True
+        return True
+
+    def notify(self, number: int, response: Response, now: float, receipt: Hashable | None = None) -> None:
+        """Send the newest state of an observation; with `receipt` NotificationArrived follows once it has arrived."""
+        observation = self._observations.get(number)
+        if observation is None:
+            return
+        observation.pending = Pending(response, receipt)
+        if observation.state is ObservationState.ACTIVE:
+            self._notifiable.setdefault(number, observation)
+            self._pump(now)
+
+    def end(self, number: int, now: float) -> None:
+        """Forget an observation without a word."""
+        observation = self._observations.get(number)
+        if observation is not None:
+            self._end(observation, None)
+            self._pump(now)
+
+    def close(self) -> None:
+        """The peer is gone: drop all of it. ObservationEnded follows for each accepted observation."""
+        if self._closed:
+            return
+        self._closed = True
+        self._events.clear()
+        for observation in list(self._observations.values()):
+            self._end(observation, EndCause.PEER_GONE)
+        memory = self._memory
+        memory.duplicates.forget(self._table)
+        memory.uploads.forget(self._key)
+        memory.snapshots.forget(self._key)
+        self._exchanges.clear()
+        self._unacknowledged.clear()
+        self._waiting.clear()
+        self._notified.clear()
+        self._active = None
+        self._out.clear()
+
+    # Requests ---------------------------------------------------------------------------------------------------------
+
+    def _on_request(self, message: Message, now: float) -> None:
+        memory = self._memory
+        confirmable = message.type is Type.CON
+        self._number += 1
+        exchange = _Exchange(
+            self._number,
+            message,
+            memory.duplicates.take(self._table, message.message_id, confirmable, now),
+            now + self._limits.ack_delay,
+        )
+        try:
+            options = read_request(message.options)
+        except OptionError as error:
+            memory.counters.bad_options += 1
+            if error.code == Code.BAD_OPTION and not confirmable:
+                self._reset(message.message_id)  # §5.4.1
+                return
+            self._answer(exchange, error.code, str(error).encode(), now)
+            return
+        exchange.no_response = options.no_response
+        exchange.etags = options.etags
+        exchange.key = answer_key(self._key, message.code, options)
+        exchange.block2 = options.block2
+        if options.observe == _DEREGISTER and (old := self._tokens.get(message.token)) is not None:
+            self._end(old, EndCause.DEREGISTERED)
+            self._pump(now)
+        payload = message.payload
+        if options.block1 is not None:
+            body = self._reassemble(exchange, message, options, options.block1, now)
+            if body is None:
+                return
+            payload = body
+        elif options.block2 is not None and options.block2.number > 0 and self._continue(exchange, message, now):
+            return
+        if len(self._exchanges) + len(self._waiting) >= self._limits.requests_per_peer:
+            memory.counters.busy += 1
+            self._finish_early(exchange, Response(Code.SERVICE_UNAVAILABLE, max_age=self._limits.busy_max_age), now)
+            return
+        memory.counters.requests += 1
+        request = Request(
+            message.code,
+            options.path,
+            options.query,
+            payload,
+            options.content_format,
+            options.accept,
+            options.if_match,
+            options.if_none_match,
+            options.etags,
+        )
+        if options.observe == _REGISTER:
+            exchange.observation = self._offer(exchange, message, options, now)
+        self._exchanges[exchange.number] = exchange
+        if confirmable:
+            self._unacknowledged[exchange.number] = exchange
+            self._pump(now)  # one that was replaced may have been in the way
+        offered = exchange.observation.number if exchange.observation is not None else None
+        self._events.append(RequestReceived(exchange.number, request, offered))
+
+    def _reassemble(
+        self, exchange: _Exchange, message: Message, options: RequestOptions, block: Block, now: float
+    ) -> bytes | None:
+        """The whole body; or None, and an answer is on its way."""
+        counters = self._memory.counters
+        key = upload_key(self._key, message.code, options)
+        taken = self._memory.uploads.take(key, block, options.size1, options.content_format, message.payload, now)
+        preferred = min(block.exponent, self._limits.block_exponent)
+        if isinstance(taken, Complete):
+            exchange.block1 = Block(block.number, False, block.exponent)
+            return taken.body
+        if isinstance(taken, Partial):
+            # 2.31 with the size that we prefer; the client goes on with that one (RFC 7959 §2.3)
+            echo = [(BLOCK1, Block(block.number, True, preferred).encode())]
+            self._finish(exchange, Code.CONTINUE, echo, b"", now)
+            return None
+        echo = [(BLOCK1, Block(block.number, block.more, preferred).encode())]
+        if taken is Refusal.TOO_LARGE:
+            counters.too_large += 1
+            echo.append((SIZE1, encode_uint(self._limits.body_bytes)))  # RFC 7959 §2.9.3, §4
+            self._finish(exchange, Code.REQUEST_ENTITY_TOO_LARGE, echo, b"", now)
+        elif taken is Refusal.INCOMPLETE:
+            counters.incomplete += 1
+            self._finish(exchange, Code.REQUEST_ENTITY_INCOMPLETE, echo, b"", now)
+        elif taken is Refusal.MISFIT:
+            counters.bad_options += 1
+            self._finish(exchange, Code.BAD_REQUEST, echo, b"a block of another size than it says", now)
+        else:
+            counters.busy += 1
+            self._finish_early(exchange, Response(Code.SERVICE_UNAVAILABLE, max_age=self._limits.busy_max_age), now)
+        return None
+
+    def _continue(self, exchange: _Exchange, message: Message, now: float) -> bool:
+        """Answer a request for a later block from what is kept, or refuse it; False when the handler is to be asked."""
+        assert exchange.key is not None
+        kept = self._memory.snapshots.get(exchange.key, now)
+        if kept is not None:
+            self._finish_cut(exchange, kept, [], now)
+            return True
+        if message.code in (Code.GET, Code.FETCH):
+            return False
+        # The answer is gone and the request cannot be made again: it may have acted.
+        self._memory.counters.incomplete += 1
+        self._finish(exchange, Code.REQUEST_ENTITY_INCOMPLETE, [], b"this answer is kept no longer", now)
+        return True
+
+    def _finish_cut(
+        self, exchange: _Exchange, response: Response, options: list[tuple[int, bytes]], now: float
+    ) -> None:
+        assert exchange.key is not None
+        payload = self._cut(exchange.key, exchange.token, response, exchange.block2, options, now)
+        if payload is None:
+            self._answer(exchange, Code.BAD_REQUEST, b"a block beyond the end", now)
+            return
+        self._finish(exchange, response.code, options, payload, now)
+
+    def _finish_early(self, exchange: _Exchange, response: Response, now: float) -> None:
+        self._finish(exchange, response.code, response_options(response), response.payload, now)
+
+    def _answer(self, exchange: _Exchange, code: Code, text: bytes, now: float) -> None:
+        self._finish(exchange, code, [], text, now)
+
+    def _finish(
+        self, exchange: _Exchange, code: Code, options: list[tuple[int, bytes]], payload: bytes, now: float
+    ) -> None:
+        """Send the response of an exchange, the way that its request and the time taken ask for."""
+        options.sort(key=_number)
+        if exchange.no_response and exchange.no_response >> ((code >> 5) - 1) & 1:
+            if exchange.confirmable and not exchange.acknowledged:
+                self._acknowledge(exchange)  # RFC 7967 §2: the message layer goes on
+            return
+        if not exchange.confirmable:
+            self._send(
+                encode(Message(Type.NON, code, self._next_message_id(), exchange.token, tuple(options), payload))
+            )
+            return
+        if not exchange.acknowledged:
+            reply = encode(Message(Type.ACK, code, exchange.message_id, exchange.token, tuple(options), payload))
+            self._memory.duplicates.record(exchange.entry, reply)
+            self._send(reply)
+            return
+        message_id = self._next_message_id()
+        datagram = encode(Message(Type.CON, code, message_id, exchange.token, tuple(options), payload))
+        self._waiting.append(Transmission(message_id, datagram))
+        self._pump(now)
+
+    def _acknowledge(self, exchange: _Exchange) -> None:
+        """An empty ACK; the response will follow by itself, if at all."""
+        self._memory.counters.acknowledgements += 1
+        exchange.acknowledged = True
+        self._unacknowledged.pop(exchange.number, None)
+        reply = encode(Message(Type.ACK, Code.EMPTY, exchange.message_id))
+        self._memory.duplicates.record(exchange.entry, reply)
+        self._send(reply)
+
+    # Answers in blocks ------------------------------------------------------------------------------------------------
+
+    def _cut(
+        self,
+        key: Key,
+        token: bytes,
+        response: Response,
+        wanted: Block | None,
+        options: list[tuple[int, bytes]],
+        now: float,
+        exponent: int = 6,
+    ) -> bytes | None:
+        """The part of a response that goes into this message, its options added to `options`; None beyond the end."""
+        body = response.payload
+        options += response_options(response)
+        if not body:
+            return body
+        exponent = min(exponent, self._limits.block_exponent)
+        if not response.code.is_successful():
+            wanted = None  # an error is the answer to any block
+        if wanted is not None:
+            exponent = min(exponent, wanted.exponent)
+        overhead = 4 + len(token) + sum(len(value) + 3 for _, value in options) + 20  # Block2, Size2, ETag, marker
+        while exponent > 0 and (16 << exponent) + overhead > self.room:
+            exponent -= 1
+        size = 16 << exponent
+        start = wanted.start if wanted is not None else 0
+        if start == 0 and len(body) <= size:
+            if wanted is not None:
+                options.append((BLOCK2, Block(0, False, exponent).encode()))
+            return body
+        if start >= len(body):
+            return None
+        if response.etag is None and response.code.is_successful():
+            options.append((ETAG, entity_tag(body)))
+        if start == 0:
+            self._memory.snapshots.keep(key, response, now)
+            options.append((SIZE2, encode_uint(len(body))))
+        end = start + size
+        options.append((BLOCK2, Block(start // size, end < len(body), exponent).encode()))
+        return body[start:end]
+
+    # Observations -----------------------------------------------------------------------------------------------------
+
+    def _offer(self, exchange: _Exchange, message: Message, options: RequestOptions, now: float) -> Observation | None:
+        if message.code not in (Code.GET, Code.FETCH) or (options.block2 is not None and options.block2.number > 0):
+            return None  # RFC 7641 §2, RFC 8132 §2.4; RFC 7959 §2.6
+        if (old := self._tokens.get(message.token)) is not None:
+            self._end(old, EndCause.REPLACED)  # RFC 7641 §4.1
+        if len(self._observations) >= self._limits.observations_per_peer:
+            self._memory.counters.observations_refused += 1
+            return None
+        assert exchange.key is not None
+        exponent = options.block2.exponent if options.block2 is not None else 6
+        observation = Observation(self._number, message.token, exchange.key, exchange.confirmable, exponent, now)
+        self._observations[observation.number] = observation
+        self._tokens[message.token] = observation
+        self._memory.counters.observations += 1
+        return observation
+
+    def _settle(self, observation: Observation, response: Response) -> bool:
+        """The response to a registration is there: whether the observation stands from now on."""
+        if observation.state is not ObservationState.OFFERED:
+            return False  # the client has withdrawn meanwhile
+        if not response.code.is_successful():
+            self._end(observation, EndCause.REFUSED)
+            return False
+        if not observation.accepted:
+            self._end(observation, None)
+            return False
+        observation.state = ObservationState.ACTIVE
+        if observation.pending is not None:
+            self._notifiable[observation.number] = observation
+        return True
+
+    def _end(self, observation: Observation, cause: EndCause | None) -> None:
+        if self._observations.pop(observation.number, None) is None:
+            return
+        observation.state = ObservationState.ENDED
+        observation.pending = None
+        self._notifiable.pop(observation.number, None)
+        if self._active is not None and self._active.observation is observation:
+            self._active = None  # nobody waits for it any more
+        if self._tokens.get(observation.token) is observation:
+            del self._tokens[observation.token]
+        for message_id in [known for known, of in self._notified.items() if of is observation]:
+            del self._notified[message_id]
+        self._memory.counters.observations -= 1
+        if cause is not None and observation.accepted:
+            self._events.append(ObservationEnded(observation.number, cause))
+
+    def _notification(self, observation: Observation, kind: Type, pending: Pending, now: float) -> tuple[int, bytes]:
+        """Message id and bytes of an observation's newest state."""
+        response = pending.response
+        options: list[tuple[int, bytes]] = []
+        if response.code.is_successful():
+            options.append((OBSERVE, self._next_sequence()))  # errors have none, RFC 7641 §4.2
+        payload = self._cut(
+            observation.key, observation.token, response, None, options, now, exponent=observation.exponent
+        )
+        assert payload is not None  # it begins at 0
+        options.sort(key=_number)
+        message_id = self._next_message_id()
+        datagram = encode(Message(kind, response.code, message_id, observation.token, tuple(options), payload))
+        self._memory.counters.notifications += 1
+        observation.sent(kind is Type.CON, now)
+        if response.code.is_successful():
+            self._notified[message_id] = observation
+            if len(self._notified) > _REMEMBERED_NOTIFICATIONS:
+                del self._notified[next(iter(self._notified))]
+        return message_id, datagram
+
+    # Our own messages -------------------------------------------------------------------------------------------------
+
+    def _pump(self, now: float) -> None:
+        """Send what may be sent: one CON at a time, separate responses before notifications, NONs at their pace."""
+        limits = self._limits
+        while self._active is None and self._waiting:
+            self._begin(self._waiting.popleft(), now)
+        for number, observation in list(self._notifiable.items()):
+            pending = observation.pending
+            assert pending is not None
+            if observation.wants_confirmable(pending, limits.confirm_every, limits.confirm_interval, now):
+                if self._active is not None:
+                    continue
+                kind = Type.CON
+            elif now < self._non_allowed_at:
+                continue
+            else:
+                kind = Type.NON
+            del self._notifiable[number]
+            observation.pending = None
+            message_id, datagram = self._notification(observation, kind, pending, now)
+            if not pending.response.code.is_successful():
+                self._end(observation, None)  # RFC 7641 §4.2; the error itself is still to arrive
+                self._begin(Transmission(message_id, datagram), now)
+            elif kind is Type.CON:
+                self._begin(Transmission(message_id, datagram, observation, pending.receipt), now)
+            else:
+                self._non_allowed_at = now + limits.non_interval
+                self._send(datagram)
+
+    def _begin(self, transmission: Transmission, now: float) -> None:
+        transmission.begin(self._limits, self._random.random(), now)
+        self._active = transmission
+        self._send(transmission.datagram)
+
+    def _repeat(self, active: Transmission, now: float) -> None:
+        observation = active.observation
+        if not active.again(self._limits, now):
+            self._active = None
+            self._memory.counters.given_up += 1
+            if observation is not None:
+                self._memory.counters.cancelled_by_silence += 1
+                self._end(observation, EndCause.SILENCE)  # RFC 7641 §4.5
+            return
+        self._memory.counters.retransmissions += 1
+        if observation is not None and observation.pending is not None:
+            # A newer state takes the place of the one that did not arrive, and its counter too (RFC 7641 §4.5.2).
+            pending = observation.pending
+            observation.pending = None
+            self._notifiable.pop(observation.number, None)
+            active.message_id, active.datagram = self._notification(observation, Type.CON, pending, now)
+            active.receipt = pending.receipt
+            if not pending.response.code.is_successful():
+                active.observation = None
+                self._end(observation, None)
+        self._send(active.datagram)
+
+    def _on_reply(self, message: Message, now: float) -> None:
+        """An ACK or a Reset. What does not match is ignored (RFC 7252 §4.2)."""
+        reset = message.type is Type.RST
+        if reset and message.code != Code.EMPTY:
+            return
+        active = self._active
+        if active is not None and active.message_id == message.message_id:
+            self._active = None
+            observation = active.observation
+            if observation is not None:
+                if reset:
+                    self._end(observation, EndCause.RESET)  # RFC 7641 §3.6
+                elif active.receipt is not None:
+                    self._events.append(NotificationArrived(observation.number, active.receipt))
+            self._pump(now)
+            return
+        if reset and (observation := self._notified.get(message.message_id)) is not None:
+            self._end(observation, EndCause.RESET)
+            self._pump(now)
+
+    def _reset(self, message_id: int) -> None:
+        self._memory.counters.resets += 1
+        self._send(encode(Message(Type.RST, Code.EMPTY, message_id)))
+
+    def _send(self, datagram: bytes) -> None:
+        self._out.append(datagram)
+
+    def _next_message_id(self) -> int:
+        self._message_id = (self._message_id + 1) & 0xFFFF
+        return self._message_id
+
+    def _next_sequence(self) -> bytes:
+        self._sequence = (self._sequence + 1) % _OBSERVE_MODULUS
+        return encode_uint(self._sequence)
+
+
+def _number(option: tuple[int, bytes]) -> int:
+    return option[0]

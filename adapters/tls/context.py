@@ -110,7 +110,7 @@ class TlsContext:
             context.set_verify_depth(0)
         if self._alpn:
             context.set_alpn_select_callback(_alpn_chooser(self._alpn))
-        _load(context, credentials)
+        load_credentials(context, credentials)
         return context
 
 
@@ -131,7 +131,8 @@ def _alpn_chooser(ours: tuple[bytes, ...]) -> Callable[[SSL.Connection, list[byt
     return choose
 
 
-def _load(context: SSL.Context, credentials: ServerCredentials) -> None:
+def load_credentials(context: SSL.Context, credentials: ServerCredentials) -> None:
+    """Let `context` show `credentials`. Raises ValueError when they cannot be read or do not belong together."""
     chain = x509.load_pem_x509_certificates(credentials.chain_pem)
     try:
         key = load_pem_private_key(credentials.key_pem, None)

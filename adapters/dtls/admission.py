@@ -1,0 +1,232 @@
+"""Who may start a handshake over datagrams: limits, their counters, and the ledger of handshakes and associations.
+
+Theory
+------
+A stranger costs nothing but an HMAC until it has shown that it can read at its address (cookie.py). From then on it
+costs an OpenSSL object, so four things are counted, as over TLS: associations, and handshakes in flight, each in all
+and from one address block. A place is taken once and given back exactly once.
+
+Refusing newcomers at a full house would let whoever fills it keep everybody out for as long as a handshake may take.
+So a newcomer takes the place of the oldest handshake that has not come back since its first flight, of the same block
+when that one is full: somebody who answers in one round trip gets in during any flood that is slower than that.
+Handshakes that have come back keep their places until their time is over.
+
+    started ──second flight──▶ returned ──verified──▶ (an association)
+       └─ may be displaced        └─ keeps its place until `handshake_timeout`
+
+Everything runs on one event loop; nothing can race.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from adapters.tls.admission import address_block
+
+
+@dataclass(frozen=True, slots=True)
+class DtlsLimits:
+    """Bounds of one listener. Times in seconds, sizes in bytes."""
+
+    handshake_timeout: float = 30.0  # five retransmissions of OpenSSL's 1, 2, 4, 8 … s: a bad radio link gets through
+    handshakes_in_flight: int = 1024  # x about 100 KB while shaking hands: 100 MB at the very worst
+    handshakes_per_address: int = 256  # a site behind one NAT may reconnect at once after a power cut
+    associations: int = 20_000  # x about 70 KB: 1.4 GB
+    associations_per_address: int = 5_000  # datagram devices sit behind carriers' NATs, many to an address
+    idle_timeout: float = 7_200.0  # who reports every hour keeps its association; what a NAT left behind goes
+    cookie_lifetime: float = 60.0  # a client answers in a round trip; an hour-old cookie is somebody's collection
+    held_datagrams: int = 16  # that may wait for a key: a flight of small fragments
+    handshake_bytes: int = 65_536  # a chain of three 4096-bit certificates, sent again six times
+    handshake_early_records: int = 32  # of the next epoch, which OpenSSL keeps whole buffers for
+    mtu: int = 1_200  # UDP payload that nearly every path carries (RFC 9000 §14.1 stands on the same figure)
+    fallback_mtu: int = 528  # what is left of IPv4's 576 (RFC 791) after IPv6 + UDP headers; used after a lost flight
+    receive_buffer: int = 4_194_304  # of the socket: a second of a flood of small datagrams
+    batch: int = 64  # datagrams in one go before other work of the loop gets its turn: some 3 ms
+
+    def __post_init__(self) -> None:
+        if not 256 <= self.fallback_mtu <= self.mtu <= 16_384:
+            raise ValueError(
+                f"mtu {self.mtu} and fallback_mtu {self.fallback_mtu}: allowed are 256 ≤ fallback ≤ mtu ≤ 16384"
+            )
+
+
+class Drop(StrEnum):
+    """Why a datagram, a handshake or an association came to nothing. The value names the counter."""
+
+    GARBAGE = "dropped_garbage"
+    STRAY = "dropped_stray"
+    COOKIE = "dropped_cookie"
+    VERSION = "dropped_version"
+    HANDSHAKE_LIMIT = "dropped_handshake_limit"
+    ADDRESS_LIMIT = "dropped_address_limit"
+    ASSOCIATION_LIMIT = "dropped_association_limit"
+    ADDRESS_ASSOCIATIONS = "dropped_address_associations"
+    DISPLACED = "dropped_displaced"
+    HANDSHAKE_TIMEOUT = "dropped_handshake_timeout"
+    HANDSHAKE_OVERSIZED = "dropped_handshake_oversized"
+    HANDSHAKE_FAILED = "dropped_handshake_failed"
+    WRONG_KEY = "dropped_wrong_key"
+    CERTIFICATE = "dropped_certificate"
+    KEY_UNAVAILABLE = "dropped_key_unavailable"
+    HELD = "dropped_held"
+    UNSENT = "dropped_unsent"
+
+
+class DtlsCounters:
+    """Plain counts of one listener since it was made; `open` and `handshaking` are how many there are now."""
+
+    __slots__ = (
+        "aborted",
+        "challenged",
+        "client_certificates",
+        "closed_by_peer",
+        "dropped_address_associations",
+        "dropped_address_limit",
+        "dropped_association_limit",
+        "dropped_certificate",
+        "dropped_cookie",
+        "dropped_displaced",
+        "dropped_garbage",
+        "dropped_handshake_failed",
+        "dropped_handshake_limit",
+        "dropped_handshake_oversized",
+        "dropped_handshake_timeout",
+        "dropped_held",
+        "dropped_key_unavailable",
+        "dropped_stray",
+        "dropped_unsent",
+        "dropped_version",
+        "dropped_wrong_key",
+        "established",
+        "handshaking",
+        "idle",
+        "open",
+        "psk",
+        "replaced",
+        "retransmitted",
+        "started",
+    )
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
+
+    aborted: int  # by a fatal alert or a broken record of an established peer
+    challenged: int  # answered with a cookie
+    client_certificates: int
+    closed_by_peer: int
+    established: int
+    handshaking: int
+    idle: int  # ended after their silence
+    open: int
+    psk: int
+    replaced: int  # by a new handshake from the same address and port
+    retransmitted: int  # flights
+    started: int  # handshakes with a good cookie
+
+    def drop(self, reason: Drop) -> None:
+        """Count one."""
+        setattr(self, reason.value, getattr(self, reason.value) + 1)
+
+    def as_dict(self) -> dict[str, int]:
+        """All counts by name, for the metrics page."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class Place:
+    """What one handshake, and the association that it becomes, holds in the ledger."""
+
+    __slots__ = ("block", "returned", "shaking")
+
+    def __init__(self, block: str) -> None:
+        self.block = block
+        self.shaking = True
+        self.returned = False
+
+
+class Ledger:
+    """Counts associations and handshakes in flight, says which limit a newcomer would break, and who may give way."""
+
+    __slots__ = ("_blocks", "_counters", "_fresh", "_limits")
+
+    def __init__(self, limits: DtlsLimits, counters: DtlsCounters) -> None:
+        self._limits = limits
+        self._counters = counters
+        self._blocks: dict[str, _Block] = {}
+        self._fresh: dict[Place, None] = {}  # in the order in which they came
+
+    def admit(self, address: str) -> Place | Drop | GiveWay:
+        """Take a place for a handshake from `address`, or say what stands in the way (and take none).
+
+        `GiveWay` names the handshake whose end (by `ended`) makes room; the caller ends it and asks again.
+        """
+        limits, counters = self._limits, self._counters
+        block = address_block(address)
+        held = self._blocks.get(block)
+        if held is not None and held.shaking >= limits.handshakes_per_address:
+            return _oldest(held.fresh) or Drop.ADDRESS_LIMIT
+        if counters.handshaking >= limits.handshakes_in_flight:
+            return _oldest(self._fresh) or Drop.HANDSHAKE_LIMIT
+        if counters.open + counters.handshaking >= limits.associations:
+            return _oldest(self._fresh) or Drop.ASSOCIATION_LIMIT
+        if held is not None and held.open + held.shaking >= limits.associations_per_address:
+            return _oldest(held.fresh) or Drop.ADDRESS_ASSOCIATIONS
+        if held is None:
+            held = self._blocks[block] = _Block()
+        place = Place(block)
+        held.shaking += 1
+        held.fresh[place] = None
+        self._fresh[place] = None
+        counters.handshaking += 1
+        return place
+
+    def returned(self, place: Place) -> None:
+        """The handshake has come back with its second flight: it keeps its place."""
+        if not place.returned:
+            place.returned = True
+            del self._fresh[place]
+            del self._blocks[place.block].fresh[place]
+
+    def verified(self, place: Place) -> None:
+        """The handshake has become an association."""
+        self.returned(place)
+        place.shaking = False
+        held = self._blocks[place.block]
+        held.shaking -= 1
+        held.open += 1
+        self._counters.handshaking -= 1
+        self._counters.open += 1
+
+    def ended(self, place: Place) -> None:
+        """Give the place back; exactly once."""
+        held = self._blocks[place.block]
+        if place.shaking:
+            self.returned(place)
+            held.shaking -= 1
+            self._counters.handshaking -= 1
+        else:
+            held.open -= 1
+            self._counters.open -= 1
+        if not held.shaking and not held.open:
+            del self._blocks[place.block]
+
+
+class _Block:
+    __slots__ = ("fresh", "open", "shaking")
+
+    def __init__(self) -> None:
+        self.shaking = 0
+        self.open = 0
+        self.fresh: dict[Place, None] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class GiveWay:
+    """The handshake that makes room."""
+
+    place: Place
+
+
+def _oldest(fresh: dict[Place, None]) -> GiveWay | None:
+    return GiveWay(next(iter(fresh))) if fresh else None

@@ -1,0 +1,214 @@
+"""What can be read of DTLS 1.2 without any key: record headers, the ClientHello, and the identity that comes before it
+is proved. And the three records that can be written without one.
+
+Theory
+------
+    datagram = record*      record = type(1) version(2) epoch(2) sequence(6) length(2) fragment     RFC 6347 §4.1
+    fragment of type 22, epoch 0 = message fragment*                                               RFC 6347 §4.2.2
+    message fragment = type(1) length(3) message_seq(2) offset(3) fragment_length(3) body
+
+Bytes here come from anybody. Nothing raises: what is malformed is not there (`None`, or the end of the list), as the
+record layer discards it too (RFC 6347 §4.1.2.7). Nothing is believed beyond its shape: a ClientHello is a ClientHello
+whoever sent it, the cookie decides that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+CHANGE_CIPHER_SPEC: Final = 20
+ALERT: Final = 21
+HANDSHAKE: Final = 22
+APPLICATION_DATA: Final = 23
+
+CLIENT_HELLO: Final = 1
+CLIENT_KEY_EXCHANGE: Final = 16
+
+RECORD_HEADER: Final = 13
+MESSAGE_HEADER: Final = 12
+
+ALERT_BAD_RECORD_MAC: Final = 20
+ALERT_PROTOCOL_VERSION: Final = 70
+ALERT_INTERNAL_ERROR: Final = 80
+
+_DTLS_10: Final = b"\xfe\xff"
+_DTLS_12: Final = b"\xfe\xfd"
+_RANDOM: Final = 32
+_LAST_HELLO: Final = 2  # the first ClientHello has number 0, the one with the cookie 1, or 2 after a second cookie
+
+# RFC 4279 §2, RFC 5489 §2: suites whose ClientKeyExchange begins with the identity. Of these ours are PSK with
+# GCM-128, CCM-128, CCM-128-8, and ECDHE_PSK with CBC-128-SHA256 and ChaCha20.
+PSK_SUITES: Final = frozenset({0x00A8, 0xC0A4, 0xC0A8, 0xC037, 0xCCAC})
+
+# An identity of 256 bytes, the longest that OpenSSL takes, and the largest curve point, twice over.
+_KEY_EXCHANGE_ROOM: Final = 1024
+
+
+class Record(NamedTuple):
+    """One record's header, and where it lies in its datagram: `start` of the header, `end` of the fragment."""
+
+    content: int
+    epoch: int
+    sequence: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHello:
+    """A ClientHello that came whole in the first record of a datagram."""
+
+    record: bytes
+    """The record itself, without what followed it."""
+    version: int
+    """As on the wire: 0xFEFD for DTLS 1.2, larger numbers for older versions."""
+    message_seq: int
+    random: bytes
+    cookie: bytes
+    parameters: bytes
+    """What a client repeats in its second ClientHello (RFC 6347 §4.2.1): all up to the extensions, but the cookie."""
+
+
+def split_records(datagram: bytes) -> list[Record]:
+    """The records of a datagram. What does not fit its own length, and all behind it, is left out."""
+    records: list[Record] = []
+    start, size = 0, len(datagram)
+    while start + RECORD_HEADER <= size:
+        end = start + RECORD_HEADER + (datagram[start + 11] << 8 | datagram[start + 12])
+        if end > size:
+            break
+        records.append(
+            Record(
+                datagram[start],
+                datagram[start + 3] << 8 | datagram[start + 4],
+                int.from_bytes(datagram[start + 5 : start + 11], "big"),
+                start,
+                end,
+            )
+        )
+        start = end
+    return records
+
+
+def is_client_hello(datagram: bytes) -> bool:
+    """Whether the first message of the datagram says that it is a ClientHello in the clear."""
+    return (
+        len(datagram) > RECORD_HEADER + MESSAGE_HEADER
+        and datagram[0] == HANDSHAKE
+        and datagram[3:5] == b"\0\0"
+        and datagram[RECORD_HEADER] == CLIENT_HELLO
+    )
+
+
+def read_client_hello(datagram: bytes) -> ClientHello | None:
+    """The ClientHello that a datagram begins with. One in fragments is none: its cookie could not be judged without
+    keeping something for a stranger (RFC 6347 §4.2.1)."""
+    if not is_client_hello(datagram):
+        return None
+    end = RECORD_HEADER + (datagram[11] << 8 | datagram[12])
+    body = datagram[RECORD_HEADER + MESSAGE_HEADER : end]
+    length = int.from_bytes(datagram[RECORD_HEADER + 1 : RECORD_HEADER + 4], "big")
+    offset = datagram[RECORD_HEADER + 6 : RECORD_HEADER + 9]
+    fragment_length = int.from_bytes(datagram[RECORD_HEADER + 9 : RECORD_HEADER + 12], "big")
+    if end > len(datagram) or offset != b"\0\0\0" or not len(body) == length == fragment_length:
+        return None
+    if datagram[RECORD_HEADER + 4] << 8 | datagram[RECORD_HEADER + 5] > _LAST_HELLO:
+        return None
+    # RFC 6347 §4.2.1: version, random, session id, cookie, suites, compression methods, extensions.
+    session_id = 2 + _RANDOM
+    cookie = _skip(body, session_id, 1)
+    suites = _skip(body, cookie, 1)
+    compressions = _skip(body, suites, 2)
+    after = _skip(body, compressions, 1)
+    if after is None or cookie is None or suites is None:
+        return None
+    return ClientHello(
+        record=datagram[:end],
+        version=body[0] << 8 | body[1],
+        message_seq=datagram[RECORD_HEADER + 4] << 8 | datagram[RECORD_HEADER + 5],
+        random=body[2:session_id],
+        cookie=body[cookie + 1 : suites],
+        parameters=body[:cookie] + body[suites:after],
+    )
+
+
+def _skip(body: bytes, at: int | None, width: int) -> int | None:
+    """Behind the vector at `at`, whose length is written in `width` bytes; None when it is not all there."""
+    if at is None or at + width > len(body):
+        return None
+    after = at + width + int.from_bytes(body[at : at + width], "big")
+    return after if after <= len(body) else None
+
+
+def hello_verify_request(hello: ClientHello, cookie: bytes) -> bytes:
+    """The answer to a ClientHello without a good cookie.
+
+    RFC 6347 §4.2.1: it takes its record sequence number from the ClientHello and its message number from nothing, so
+    that the server keeps nothing, and says DTLS 1.0 whatever will be negotiated.
+    """
+    body = _DTLS_10 + bytes((len(cookie),)) + cookie
+    length = len(body).to_bytes(3, "big")
+    message = b"\x03" + length + b"\0\0" + b"\0\0\0" + length + body
+    return bytes((HANDSHAKE,)) + _DTLS_10 + hello.record[3:11] + len(message).to_bytes(2, "big") + message
+
+
+def plaintext_alert(description: int, sequence: int) -> bytes:
+    """A fatal alert under no key, as record number `sequence` of epoch 0."""
+    return bytes((ALERT,)) + _DTLS_12 + b"\0\0" + sequence.to_bytes(6, "big") + b"\0\x02\x02" + bytes((description,))
+
+
+def chosen_suite(flight: bytes) -> int | None:
+    """The cipher suite of the ServerHello that a server's first flight begins with."""
+    at = RECORD_HEADER + MESSAGE_HEADER + 2 + _RANDOM
+    if len(flight) <= at:
+        return None
+    at += 1 + flight[at]
+    return int.from_bytes(flight[at : at + 2], "big") if at + 2 <= len(flight) else None
+
+
+class IdentityReader:
+    """Reads the PSK identity out of a ClientKeyExchange in the clear, whole or in fragments of any order.
+
+    `message_seq` is the number that the message must have: the one behind the ClientHello, since a client shows no
+    certificate under a PSK suite. Every fragment must agree with the first one about the length.
+    """
+
+    __slots__ = ("_body", "_message_seq", "_missing", "complete")
+
+    def __init__(self, message_seq: int) -> None:
+        self._message_seq = message_seq.to_bytes(2, "big")
+        self._body: bytearray | None = None
+        self._missing: bytearray | None = None
+        self.complete = False
+
+    def feed(self, fragment: bytes) -> None:
+        """Take the fragment of one record of type handshake and epoch 0."""
+        at = 0
+        while at + MESSAGE_HEADER <= len(fragment):
+            start = at + MESSAGE_HEADER
+            at = start + int.from_bytes(fragment[at + 9 : start], "big")
+            if at > len(fragment):
+                return
+            header = fragment[start - MESSAGE_HEADER : start]
+            if header[0] == CLIENT_KEY_EXCHANGE and header[4:6] == self._message_seq:
+                self._take(int.from_bytes(header[1:4], "big"), int.from_bytes(header[6:9], "big"), fragment[start:at])
+
+    def identity(self) -> bytes | None:
+        """The identity of a complete message; None when the message does not have that shape."""
+        body = self._body
+        if body is None or len(body) < 2:
+            return None
+        end = 2 + (body[0] << 8 | body[1])
+        return bytes(body[2:end]) if end <= len(body) else None
+
+    def _take(self, length: int, offset: int, part: bytes) -> None:
+        if self.complete or length > _KEY_EXCHANGE_ROOM or offset + len(part) > length:
+            return
+        if self._body is None or self._missing is None:
+            self._body, self._missing = bytearray(length), bytearray(b"\1" * length)
+        if len(self._body) != length:
+            return
+        self._body[offset : offset + len(part)] = part
+        self._missing[offset : offset + len(part)] = bytes(len(part))
+        self.complete = not any(self._missing)

@@ -1,0 +1,345 @@
+"""Clients, an application and a network for tests of what stands on the DTLS shell."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import heapq
+import random
+import socket
+from collections.abc import Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.bindings.openssl.binding import Binding
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID, ObjectIdentifier
+from OpenSSL import SSL
+
+from adapters.dtls.admission import DtlsLimits
+from adapters.dtls.context import DtlsContext
+from adapters.dtls.listener import DtlsListener
+from adapters.dtls.ports import Association, Proof, PskKey
+from adapters.tls.context import ServerCredentials
+from registry.errors import Unavailable
+from registry.secrets import Secret
+from tests.tls_peers import Holder
+
+_FFI: Any = Binding().ffi
+_LIB: Any = Binding().lib
+
+KEY = bytes(range(32))
+PSK_SUITE = b"PSK-AES128-CCM8"
+
+
+class Echo:
+    """An application that answers every datagram with itself and remembers what happened."""
+
+    def __init__(self, keys: dict[bytes, bytes] | None = None) -> None:
+        self.keys = {b"device-1": KEY} if keys is None else keys
+        self.asked: list[tuple[bytes, str]] = []
+        self.associations: list[Association] = []
+        self.received_datagrams: list[bytes] = []
+        self.endings: list[tuple[Association, str]] = []
+        self.unavailable = False
+        self.gate: asyncio.Event | None = None
+        self._unknown = random.Random(7)
+
+    @property
+    def proofs(self) -> list[Proof]:
+        return [association.proof for association in self.associations]
+
+    async def psk(self, identity: bytes, address: str) -> PskKey:
+        self.asked.append((identity, address))
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.unavailable:
+            raise Unavailable("the database is away")
+        key = self.keys.get(identity)
+        return PskKey(Secret(key or self._unknown.randbytes(32)), None if key is None else ("offer", identity))
+
+    def established(self, association: Association) -> None:
+        self.associations.append(association)
+
+    def received(self, association: Association, datagram: bytes) -> None:
+        self.received_datagrams.append(datagram)
+        association.send(datagram)
+
+    def ended(self, association: Association, reason: str) -> None:
+        self.endings.append((association, reason))
+
+
+@asynccontextmanager
+async def serving(
+    application: Any = None,
+    credentials: ServerCredentials | None = None,
+    limits: DtlsLimits | None = None,
+    clock: Callable[[], float] | None = None,
+) -> Any:
+    """A started listener; `port` and `application` are set on it."""
+    extra: dict[str, Any] = {} if clock is None else {"clock": clock}
+    listener: Any = DtlsListener(application or Echo(), DtlsContext(credentials), limits=limits, **extra)
+    listener.port = await listener.start("127.0.0.1", 0)
+    try:
+        yield listener
+    finally:
+        await listener.close()
+
+
+def psk_client_context(
+    identity: bytes = b"device-1",
+    key: bytes = KEY,
+    suites: bytes = PSK_SUITE,
+    holder: Holder | None = None,
+    version: int = 0xFEFD,
+) -> SSL.Context:
+    """A client's context: with a key, or with `holder`'s certificate; it believes any server."""
+    context: Any = SSL.Context(SSL.DTLS_CLIENT_METHOD)
+    _LIB.SSL_CTX_set_min_proto_version(context._context, version)
+    _LIB.SSL_CTX_set_max_proto_version(context._context, version)
+    context.set_cipher_list(suites + b":@SECLEVEL=0")
+    context.set_options(SSL.OP_NO_QUERY_MTU | SSL.OP_NO_TICKET)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+
+    def callback(_ssl: Any, _hint: Any, room: Any, _room: int, psk: Any, _size: int) -> int:
+        _FFI.memmove(room, identity + b"\0", len(identity) + 1)
+        _FFI.memmove(psk, key, len(key))
+        return len(key)
+
+    context.psk = _FFI.callback(
+        "unsigned int(SSL *, char *, char *, unsigned int, unsigned char *, unsigned int)", callback
+    )
+    _LIB.SSL_CTX_set_psk_client_callback(context._context, context.psk)
+    if holder is not None:
+        context.use_certificate(holder.certificate)
+        context.use_privatekey(holder.key)
+    result: SSL.Context = context
+    return result
+
+
+def certificate_client_context(holder: Holder | None, suites: bytes = b"ECDHE-ECDSA-AES128-CCM8") -> SSL.Context:
+    """A client's context with a certificate, or with none."""
+    return psk_client_context(suites=suites, holder=holder)
+
+
+class Client:
+    """A DTLS client without a network: OpenSSL between memory buffers."""
+
+    def __init__(self, context: SSL.Context, mtu: int = 1200) -> None:
+        self.connection = SSL.Connection(context)
+        self.connection.set_connect_state()
+        self.connection.set_ciphertext_mtu(mtu)
+        self.mtu = mtu
+        self.done = False
+        self.error: str | None = None
+        self.plain: list[bytes] = []
+        self.closed = False
+
+    def step(self) -> list[bytes]:
+        """Go on as far as possible; returns the datagrams to send."""
+        _LIB.ERR_clear_error()
+        try:
+            if not self.done:
+                self.connection.do_handshake()
+                self.done = True
+            while True:
+                self.plain.append(self.connection.recv(16_384))
+        except SSL.WantReadError:
+            pass
+        except SSL.ZeroReturnError:
+            self.closed = True
+        except SSL.Error as error:
+            self.error = str(error)
+        return self.written()
+
+    def feed(self, datagram: bytes) -> list[bytes]:
+        if self.error is not None or self.closed:
+            return []
+        self.connection.bio_write(datagram)
+        return self.step()
+
+    def send(self, plain: bytes) -> list[bytes]:
+        self.connection.send(plain)
+        return self.written()
+
+    def due(self) -> float | None:
+        return None if self.error is not None else self.connection.DTLSv1_get_timeout()
+
+    def retransmit(self) -> list[bytes]:
+        _LIB.ERR_clear_error()
+        try:
+            self.connection.DTLSv1_handle_timeout()
+        except SSL.Error as error:
+            self.error = str(error)
+        return self.written()
+
+    def written(self) -> list[bytes]:
+        try:
+            written = self.connection.bio_read(65_536)
+        except SSL.WantReadError:
+            return []
+        datagrams, start, at = [], 0, 0
+        while at < len(written):
+            end = at + 13 + int.from_bytes(written[at + 11 : at + 13], "big")
+            if end - start > self.mtu and at > start:
+                datagrams.append(written[start:at])
+                start = at
+            at = end
+        return [*datagrams, written[start:]]
+
+
+class UdpClient(asyncio.DatagramProtocol):
+    """`Client` on a socket of this machine."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.transport: Any = None
+        self.changed = asyncio.Event()
+        self.sent: list[bytes] = []
+        self.heard: list[bytes] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.heard.append(data)
+        self.out(self.client.feed(data))
+        self.changed.set()
+
+    def out(self, datagrams: Iterable[bytes]) -> None:
+        for datagram in datagrams:
+            self.sent.append(datagram)
+            self.transport.sendto(datagram)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = None if self.client.done else self.client.due()
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_later(due + 0.001, self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        self.out(self.client.retransmit())
+        self.changed.set()
+
+    async def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def handshake(self, seconds: float = 20.0) -> None:
+        """Raises AssertionError when it fails, TimeoutError when nobody answers."""
+        self.out(self.client.step())
+        await self.until(lambda: self.client.done or self.client.error, seconds)
+        assert self.client.error is None, self.client.error
+
+    async def ask(self, plain: bytes, seconds: float = 20.0) -> bytes:
+        """Send one datagram and wait for one."""
+        before = len(self.client.plain)
+        self.out(self.client.send(plain))
+        await self.until(lambda: len(self.client.plain) > before, seconds)
+        return self.client.plain[before]
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.transport.abort()
+
+
+@asynccontextmanager
+async def udp_client(port: int, context: SSL.Context | None = None, local: Any = None, mtu: int = 1200) -> Any:
+    """A client on a socket of its own, connected to a port of this machine; nothing is sent yet."""
+    client = Client(context or psk_client_context(), mtu)
+    loop = asyncio.get_running_loop()
+    _, protocol = await loop.create_datagram_endpoint(
+        lambda: UdpClient(client),
+        remote_addr=("127.0.0.1", port),
+        local_addr=local,
+        reuse_port=local is not None or None,
+    )
+    try:
+        yield protocol
+    finally:
+        protocol.close()
+
+
+def make_client_certificate(
+    name: str = "device-1",
+    *,
+    usages: list[ObjectIdentifier] | None = None,
+    signing: bool = True,
+    expired: bool = False,
+    key: Any = None,
+) -> Holder:
+    """A self-signed client certificate with these usages."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    end = now - datetime.timedelta(days=1) if expired else now + datetime.timedelta(days=2)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=3))
+        .not_valid_after(end)
+        .add_extension(
+            x509.KeyUsage(signing, False, False, False, not signing, False, False, False, False), critical=True
+        )
+    )
+    if usages is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+    return Holder(builder.sign(key, hashes.SHA256()), key)
+
+
+class LossyNetwork:
+    """A network with a seed between two sides: it loses, doubles, delays (and so reorders) and has an MTU.
+
+    Time is the caller's: `put(now, …)`, `take(now)`.
+    """
+
+    def __init__(self, seed: int, loss: float, duplication: float, delay: float, mtu: int) -> None:
+        self._random = random.Random(seed)
+        self._loss, self._duplication, self._delay, self._mtu = loss, duplication, delay, mtu
+        self._queue: list[tuple[float, int, str, bytes]] = []
+        self._number = 0
+        self.lost = 0
+        self.doubled = 0
+        self.oversized = 0
+
+    def put(self, now: float, side: str, datagram: bytes) -> None:
+        if len(datagram) > self._mtu:
+            self.oversized += 1
+            return
+        if self._random.random() < self._loss:
+            self.lost += 1
+            return
+        copies = 2 if self._random.random() < self._duplication else 1
+        self.doubled += copies - 1
+        for _ in range(copies):
+            self._number += 1
+            heapq.heappush(self._queue, (now + self._random.random() * self._delay, self._number, side, datagram))
+
+    def take(self, now: float) -> list[tuple[str, bytes]]:
+        arrived = []
+        while self._queue and self._queue[0][0] <= now:
+            arrived.append(heapq.heappop(self._queue)[2:])
+        return arrived
+
+    @property
+    def next(self) -> float | None:
+        return self._queue[0][0] if self._queue else None
+
+
+def plain_socket(port: int, local: str = "127.0.0.1") -> socket.socket:
+    """A UDP socket on an address of this machine, connected to `port`."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.bind((local, 0))
+    made.connect(("127.0.0.1", port))
+    made.settimeout(5)
+    return made

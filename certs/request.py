@@ -95,6 +95,10 @@ class RequestPolicy:
     maximum_bytes: int = MAXIMUM_REQUEST_BYTES
 
 
+SUGGESTED_ATTRIBUTES: Final = bytes.fromhex("302106082a8648ce3d040302301506072a8648ce3d0201310a06082a8648ce3d030107")
+"""RFC 7030 §4.5.2: CsrAttrs (DER) with the OID ecdsa-with-SHA256 and the attribute id-ecPublicKey = { secp256r1 }: what
+the authority itself uses, and what the smallest devices can do. A suggestion; other keys are accepted."""
+
 _WITNESS: Final = object()
 
 

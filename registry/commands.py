@@ -394,13 +394,20 @@ class Commands:
             self._leave(device_id, holder, bell)
 
     def attach(
-        self, tenant_id: TenantId, device_id: DeviceId, listener: CommandListener, *, via: DeviceId | None = None
+        self,
+        tenant_id: TenantId,
+        device_id: DeviceId,
+        listener: CommandListener,
+        *,
+        via: DeviceId | None = None,
+        behind: int = 0,
     ) -> CommandAttachment:
         """Give the listener every unfinished command, now and as they come, in order, until `detach`.
 
         `via` is the gateway whose session it is, for a child; it gets nothing once the child is no longer its own.
+        `behind` is the `seq` of the last command that the peer was given before.
         """
-        attachment = CommandAttachment(tenant_id, device_id, via, listener)
+        attachment = CommandAttachment(tenant_id, device_id, via, listener, behind)
         self._downlinks.add(attachment)
         return attachment
 

@@ -155,13 +155,20 @@ class DeviceConfigs:
         return DeviceConfig(before.device_id, before.version, before.config, reported)
 
     def attach(
-        self, tenant_id: TenantId, device_id: DeviceId, listener: ConfigListener, *, via: DeviceId | None = None
+        self,
+        tenant_id: TenantId,
+        device_id: DeviceId,
+        listener: ConfigListener,
+        *,
+        via: DeviceId | None = None,
+        seen: int = 0,
     ) -> ConfigAttachment:
         """Give the listener the present configuration, and each newer one, until `detach`.
 
         `via` is the gateway whose session it is, for a child; it hears nothing once the child is no longer its own.
+        `seen` is the version that the peer was given before; nothing comes before a newer one.
         """
-        attachment = ConfigAttachment(tenant_id, device_id, via, listener)
+        attachment = ConfigAttachment(tenant_id, device_id, via, listener, seen)
         self._downlinks.add(attachment)
         return attachment
 

@@ -80,8 +80,12 @@ class Enrolment:
         self._overlap = _UNBOUNDED if overlap is None else overlap
         self._grace = grace
 
-    async def renew(self, right: RenewalRight | Identity, csr: bytes, contact: Contact) -> IssuedCertificate:
+    async def renew(
+        self, right: RenewalRight | Identity, csr: bytes, contact: Contact, *, same_subject: bool = True
+    ) -> IssuedCertificate:
         """The successor of the certificate that `right` was given for. `csr`: PEM or DER, the subject unchanged.
+
+        Without `same_subject` the request's subject may be any, as in a first enrolment; it decides nothing.
 
         Raises InvalidArgument (the request), FailedPrecondition (no certificate of ours; no authority can sign),
         Unauthenticated (the right has ended meanwhile), ResourceExhausted (10 in an hour), Unavailable.
@@ -95,6 +99,8 @@ class Enrolment:
                 "only a certificate that this server has issued is renewed here; a foreign one by its own authority"
             )
         policy = renewal_policy(old.der, RequestPolicy())
+        if not same_subject:
+            policy = replace(policy, required_subject=None)
         spki = bytes.fromhex(self._issuer.checked(csr, policy).spki_sha256)
         async with self._database.connection() as connection:
             present = await self._living(connection, right, now, contact)

@@ -36,7 +36,7 @@ from adapters.http.bodies import media_type
 from adapters.http.errors import BasicRequired
 from adapters.http.operations import Media, Operation, Reply, operation
 from certs.chains import pkcs7_base64, unbundle
-from certs.request import MAXIMUM_REQUEST_BYTES
+from certs.request import MAXIMUM_REQUEST_BYTES, SUGGESTED_ATTRIBUTES
 from registry.errors import FailedPrecondition, InvalidArgument, Refused
 from registry.key_claim import ClaimRequest
 from registry.model import CredentialKind
@@ -51,9 +51,6 @@ MAX_BODY: Final = 2 * MAXIMUM_REQUEST_BYTES
 """Base64 adds a third, line breaks a little."""
 
 _BASE64: Final = (("Content-Transfer-Encoding", "base64"),)
-# RFC 7030 §4.5.2: CsrAttrs with the OID ecdsa-with-SHA256 and the attribute id-ecPublicKey = { secp256r1 }: what the
-# authority itself uses, and what the smallest devices can do. A suggestion; other keys are accepted.
-_SUGGESTED: Final = bytes.fromhex("302106082a8648ce3d040302301506072a8648ce3d0201310a06082a8648ce3d030107")
 
 _REQUEST_BODY: Final = Media(PKCS10, {"type": "string", "description": "PKCS#10 in base64"})
 _CERTIFICATES: Final = Media(CERTS_ONLY, {"type": "string", "description": "PKCS#7 certs-only in base64"})
@@ -91,7 +88,7 @@ async def ca_certificates(request: ApiRequest) -> Response[bytes]:
 async def csr_attributes(request: ApiRequest) -> Response[bytes]:
     """GET /.well-known/est/csrattrs"""
     del request
-    return Response(base64.encodebytes(_SUGGESTED), media_type=CSR_ATTRIBUTES, headers=dict(_BASE64))
+    return Response(base64.encodebytes(SUGGESTED_ATTRIBUTES), media_type=CSR_ATTRIBUTES, headers=dict(_BASE64))
 
 
 @operation(

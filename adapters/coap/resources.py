@@ -1,0 +1,322 @@
+"""The resources of CONTRACT §4: what a device, and who wants to become one, may ask over CoAP.
+
+                                            Device   Claimant   Renewer
+    POST /telemetry /events /health            ✓                          2.04 after the commit, never before
+         /components /uplink
+    GET  /config  (observe)                    ✓                          2.05, ETag is the version; 2.03
+    POST, PUT /config/reported                 ✓                          2.04
+    GET  /commands  (observe, ?after=)         ✓                          2.05, one command or nothing
+    POST /commands/{command_id}                ✓                          2.04
+    POST /provision                                       ✓               2.01, 2.04 for what was claimed before
+    GET  /time, /.well-known/core              ✓          ✓         ✓     2.05
+    EST (est.py)                          certificate   crts, att   ✓
+
+A role that may not use a resource gets 4.03 where it is somebody, and 4.01 where it is nobody; what there is is no
+secret, the documentation says it. `/.well-known/core` lists what the asker may use.
+
+A message id makes an uplink idempotent beyond the message layer's deduplication: in the envelope of `/uplink`, or as
+the query `?message_id=` on any of them. A device that never got its 2.04, and comes back after the exchange's lifetime
+or over another association, sends it with the same id and it is stored once.
+
+No state. What is acknowledged is stored; what is not may be stored or not, and is to be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+from uuid import UUID, uuid4
+
+from aiocoap.numbers.codes import Code
+
+from adapters.coap import formats
+from adapters.coap.admission import Admission, Claimant, Device, Guest, Renewer, Role
+from adapters.coap.discovery import LINK_FORMAT, WELL_KNOWN_CORE, Link, link_format
+from adapters.coap.downlinks import CommandObserver, ConfigObserver, command_response, config_response, config_tag
+from adapters.coap.errors import Unserved, error_response, not_found
+from adapters.coap.est import Est, EstServe
+from adapters.coap.ports import Observation, Peer, Request, Response
+from adapters.provisioning import Provisioning
+from adapters.uplink_payloads import enveloped, payload_in
+from registry.commands import response_from
+from registry.device_config import report_from
+from registry.errors import (
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    RegistryError,
+    ResourceExhausted,
+    Unauthenticated,
+)
+from registry.model import CommandId, Contact, SessionId, Transport
+from registry.payloads import TELEMETRY, NewUplink, Payload, PayloadTooLarge, Source, telemetry_from, uplink_from
+from registry.rate_limits import RateLimiter
+
+_CHANGED: Final = Response(Code.CHANGED)
+_KINDS: Final = {"telemetry": TELEMETRY, "events": "event", "health": "health", "components": "components"}
+"""What is sent to a path of its own, and the kind that it is stored as; as over MQTT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request, and what a resource needs to answer it."""
+
+    request: Request
+    guest: Guest
+    role: Role
+    observation: Observation | None
+    correlation_id: str
+
+    @property
+    def device(self) -> Device:
+        """The device that asks. Raises Unauthenticated, PermissionDenied."""
+        match self.role:
+            case Device():
+                return self.role
+            case Renewer():
+                raise PermissionDenied("an expired certificate may only be renewed")
+            case Claimant():
+                raise Unauthenticated("no device on this association")
+
+    @property
+    def contact(self) -> Contact:
+        """Where it came from, for what the core writes down."""
+        return Contact(Transport.COAP, self.guest.association.address, self.correlation_id)
+
+
+_Serve: TypeAlias = Callable[[Asked], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Resource:
+    methods: dict[Code, _Serve]
+    link: Link
+    roles: tuple[type[Role], ...]
+    """Who is told of it by `/.well-known/core`."""
+
+
+class Resources:
+    """The Handler of the product (ports.py)."""
+
+    def __init__(self, admission: Admission, provisioning: Provisioning) -> None:
+        self._admission = admission
+        self._registry = registry = admission.registry
+        self._limits = limits = admission.limits
+        self._counters = admission.counters
+        self._provisioning = provisioning
+        self._loop = asyncio.get_running_loop()
+        self._keys = RateLimiter(limits.key_requests_per_second, limits.key_requests_burst)
+        self._tenants = RateLimiter(limits.tenant_requests_per_second, limits.tenant_requests_burst)
+        est = Est(registry)
+        device, everybody = (Device,), (Device, Claimant, Renewer)
+        json_cbor = (formats.JSON, formats.CBOR)
+        self._resources: dict[tuple[str, ...], _Resource] = {
+            (path,): _Resource({Code.POST: self._uplink}, Link((path,), content_formats=json_cbor), device)
+            for path in (*_KINDS, "uplink")
+        }
+        self._resources |= {
+            ("config",): _Resource(
+                {Code.GET: self._config},
+                Link(("config",), title="desired configuration", content_formats=json_cbor, observable=True),
+                device,
+            ),
+            ("config", "reported"): _Resource(
+                {Code.POST: self._report, Code.PUT: self._report},
+                Link(("config", "reported"), content_formats=json_cbor),
+                device,
+            ),
+            ("commands",): _Resource(
+                {Code.GET: self._next_command},
+                Link(("commands",), title="unfinished commands", content_formats=json_cbor, observable=True),
+                device,
+            ),
+            ("provision",): _Resource(
+                {Code.POST: self._provision}, Link(("provision",), content_formats=json_cbor), (Claimant,)
+            ),
+            ("time",): _Resource(
+                {Code.GET: self._time}, Link(("time",), content_formats=(*json_cbor, formats.TEXT)), everybody
+            ),
+            WELL_KNOWN_CORE: _Resource(
+                {Code.GET: self._core}, Link(WELL_KNOWN_CORE, content_formats=(LINK_FORMAT,)), ()
+            ),
+        }
+        for served in est.resources():
+            self._resources[served.path] = _Resource(
+                {served.method: _by_role(served.serve)},
+                Link(served.path, resource_types=(served.resource_type,), content_formats=served.content_formats),
+                served.roles,
+            )
+        self._command = _Resource({Code.POST: self._answer_command}, Link(("commands", "*")), ())
+
+    async def handle(self, peer: Peer, request: Request, observation: Observation | None) -> Response:
+        """Answer one request (ports.Handler)."""
+        guest: Guest = peer.context
+        correlation_id = uuid4().hex
+        try:
+            role = await guest.admitted()
+            self._spend(role)
+            serve = self._found(request)
+            return await serve(Asked(request, guest, role, observation, correlation_id))
+        except (RegistryError, Unserved) as error:
+            return error_response(error, correlation_id)
+
+    def _found(self, request: Request) -> _Serve:
+        resource = self._resources.get(request.path)
+        if resource is None:
+            if len(request.path) != 2 or request.path[0] != "commands":
+                raise not_found()
+            resource = self._command
+        serve = resource.methods.get(request.method)
+        if serve is None:
+            allowed = ", ".join(method.name for method in resource.methods)
+            raise Unserved(Code.METHOD_NOT_ALLOWED, f"{request.method.name} is not served here; {allowed} is")
+        return serve
+
+    def _spend(self, role: Role) -> None:
+        if not isinstance(role, Device):
+            return
+        identity, now = role.session.identity, self._loop.time()
+        wait = self._keys.take(identity.credential_id, now)
+        if wait is not None:
+            self._counters.key_requests += 1
+            raise ResourceExhausted("too many requests with one credential", retry_after=wait)
+        wait = self._tenants.take(identity.tenant_id, now)
+        if wait is not None:
+            self._counters.tenant_requests += 1
+            raise ResourceExhausted("too many requests of one tenant's devices", retry_after=wait)
+
+    # -- up --------------------------------------------------------------------------------------------------------
+
+    async def _uplink(self, asked: Asked) -> Response:
+        session = asked.device.session
+        counters = self._counters
+        try:
+            uplink = self._read_uplink(asked.request, Source.of(session.identity, Transport.COAP))
+            stored = await self._registry.uplinks.submit(uplink)
+        except InvalidArgument as error:
+            counters.rejected += 1
+            counters.too_large += isinstance(error, PayloadTooLarge)
+            raise
+        if stored.duplicate:
+            counters.duplicate += 1
+        else:
+            counters.stored += 1
+        return _CHANGED
+
+    def _read_uplink(self, request: Request, source: Source) -> NewUplink:
+        name = request.path[0]
+        message_id = _query(request, "message_id") if request.query else None
+        if name == "uplink":
+            return enveloped(
+                request.payload,
+                source,
+                cbor=formats.is_cbor(request),
+                max_bytes=self._limits.payload_bytes,
+                message_id=message_id,
+            )
+        payload = self._payload(request)
+        if name == TELEMETRY:
+            return telemetry_from(source, payload, message_id=message_id)
+        return uplink_from(source, payload, kind=_KINDS[name], message_id=message_id)
+
+    def _payload(self, request: Request) -> Payload:
+        return payload_in(request.payload, cbor=formats.is_cbor(request), max_bytes=self._limits.payload_bytes)
+
+    async def _report(self, asked: Asked) -> Response:
+        session = asked.device.session
+        report = report_from(self._payload(asked.request))
+        source = Source.of(session.identity, Transport.COAP)
+        await self._registry.device_configs.report(source, report, asked.correlation_id)
+        return _CHANGED
+
+    async def _answer_command(self, asked: Asked) -> Response:
+        session = asked.device.session
+        try:
+            command_id = CommandId(UUID(asked.request.path[1]))
+        except ValueError:
+            raise NotFound("no such command of this device") from None
+        response = response_from(self._payload(asked.request))
+        source = Source.of(session.identity, Transport.COAP)
+        await self._registry.commands.answer(source, command_id, response, asked.correlation_id)
+        return _CHANGED
+
+    # -- down ------------------------------------------------------------------------------------------------------
+
+    async def _config(self, asked: Asked) -> Response:
+        session, request = asked.device.session, asked.request
+        content_format = formats.answer_format(request)
+        config = await self._registry.device_configs.get(session.tenant_id, session.device_id)
+        if asked.observation is not None:
+            ConfigObserver(self._registry.device_configs, asked.observation, content_format).start(session, config)
+        if config_tag(config) in request.etags:
+            return Response(Code.VALID, etag=config_tag(config))
+        return config_response(config, content_format)
+
+    async def _next_command(self, asked: Asked) -> Response:
+        session, request = asked.device.session, asked.request
+        content_format = formats.answer_format(request)
+        after = _query(request, "after")
+        try:
+            behind = None if after is None else CommandId(UUID(after))
+        except ValueError:
+            raise InvalidArgument("after is no command_id", field="after") from None
+        commands = self._registry.commands
+        # A holder of its own for each request: it does not wait, so it holds up nobody.
+        first = await commands.next(session.tenant_id, session.device_id, SessionId(uuid4()), after=behind)
+        if asked.observation is not None:
+            CommandObserver(commands, asked.observation, content_format).start(session, first)
+        return command_response(first, content_format)
+
+    # -- for everybody ---------------------------------------------------------------------------------------------
+
+    async def _provision(self, asked: Asked) -> Response:
+        role = asked.role
+        if not isinstance(role, Claimant):
+            raise PermissionDenied("this association is somebody's already; only others provision")
+        content_format = formats.answer_format(asked.request)
+        self._admission.attempt(asked.guest)
+        done = await self._provisioning.provision(
+            asked.request.payload,
+            asked.contact,
+            cbor=formats.is_cbor(asked.request),
+            proven_template=role.template_id,
+        )
+        code = Code.CREATED if done.created else Code.CHANGED
+        return Response(code, formats.encoded(done.fields, content_format), content_format)
+
+    async def _time(self, asked: Asked) -> Response:
+        content_format = formats.wanted(asked.request, formats.JSON, formats.CBOR, formats.TEXT)
+        now = self._registry.clock().astimezone(UTC)
+        if content_format == formats.TEXT:
+            return Response(Code.CONTENT, _rfc3339(now).encode(), content_format, max_age=0)
+        unix_ms = int(now.timestamp() * 1000)
+        told = {"time": _rfc3339(now), "unix": unix_ms // 1000, "unix_ms": unix_ms}
+        return Response(Code.CONTENT, formats.encoded(told, content_format), content_format, max_age=0)
+
+    async def _core(self, asked: Asked) -> Response:
+        content_format = formats.wanted(asked.request, LINK_FORMAT)
+        links = [each.link for each in self._resources.values() if isinstance(asked.role, each.roles)]
+        return Response(Code.CONTENT, link_format(links, asked.request.query), content_format)
+
+
+def _by_role(serve: EstServe) -> _Serve:
+    async def answer(asked: Asked) -> Response:
+        return await serve(asked.request, asked.role, asked.contact)
+
+    return answer
+
+
+def _query(request: Request, name: str) -> str | None:
+    """The value of `?name=`."""
+    for each in request.query:
+        key, _, value = each.partition("=")
+        if key == name:
+            return value
+    return None
+
+
+def _rfc3339(moment: datetime) -> str:
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -119,6 +119,16 @@ class Https(Section, frozen=True, kw_only=True):
             extra={"allowed": "a list of at most 100 DNS names or IP addresses", "default": "none"},
         ),
     ] = ()
+    websocket_origins: Annotated[
+        tuple[Annotated[str, Meta(pattern=r"\A(\*|[a-z][a-z0-9+.-]{0,30}://[a-z0-9_.:\[\]-]{1,253})\Z")], ...],
+        Meta(
+            max_length=100,
+            description="Web pages of other origins that may open MQTT over WebSocket at `/mqtt`, such as "
+            "`https://console.example.org`; `*` lets in every page. This server's own origin always may, and clients "
+            "that are no browsers send none. A browser shows its user's client certificate to whatever page asks.",
+            extra={"allowed": "a list of at most 100 origins in lower case, without a path, or `*`", "default": "none"},
+        ),
+    ] = ()
 
 
 class Mqtt(Section, frozen=True, kw_only=True):
@@ -148,6 +158,15 @@ class Mqtt(Section, frozen=True, kw_only=True):
             "noticed after one and a half times it. 0 allows any, and none.",
         ),
     ] = 3_600
+    idle_seconds: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=31_536_000,
+            description="A connection that is silent for so long is closed whatever its keep-alive is: MQTT 3.1.1 "
+            "cannot be told a shorter one, and 0 means none. 0 allows any silence.",
+        ),
+    ] = 86_400
     receive_maximum: Annotated[
         int,
         Meta(
@@ -158,15 +177,6 @@ class Mqtt(Section, frozen=True, kw_only=True):
         ),
     ] = 256
     inflight: Annotated[
-    idle_seconds: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=31_536_000,
-            description="A connection that is silent for so long is closed whatever its keep-alive is: MQTT 3.1.1 "
-            "cannot be told a shorter one, and 0 means none. 0 allows any silence.",
-        ),
-    ] = 86_400
         int,
         Meta(ge=1, le=32_767, description="Messages to one client that it has not acknowledged. It may ask for less."),
     ] = 128

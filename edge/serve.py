@@ -31,9 +31,11 @@ from adapters.http.api_request import Service
 from adapters.http.app import HttpApi, HttpApiSettings, create_app
 from adapters.http.limits import HttpLimits
 from adapters.http.server import HttpsServer
+from adapters.http.upgrade import WebSocketRoute
 from adapters.mqtt.machine_limits import MqttLimits
 from adapters.mqtt.server import MqttServer
 from adapters.mqtt.server_limits import ServerLimits
+from adapters.mqtt.websocket import SUBPROTOCOL, WebSockets
 from adapters.provisioning import Endpoint, Provisioning
 from adapters.tls.admission import TlsLimits
 from adapters.tls.context import ServerCredentials, TlsContext
@@ -63,6 +65,8 @@ from registry.trust import WrongKeyRing, open_trust
 log = logging.getLogger(__name__)
 
 CHAIN_FILE = "ca-chain.pem"
+MQTT_PATH = "/mqtt"
+"""Where MQTT over WebSocket is on the HTTPS port; what clients assume when nothing is said."""
 AUTHORITIES_SECONDS = 1.0
 """How often a look into memory tells whether the authorities have changed."""
 FIRST_RETENTION_SECONDS = 5.0
@@ -280,6 +284,7 @@ class Server:
             limits=_http_limits(self._config),
             tls_limits=_tls_limits(self._config),
             hot=app.hot,
+            upgrades=self._upgrades(),
         )
         self._watch_https(core, app, server)
         port = await _listening("https", self._config.https, server.start)
@@ -291,6 +296,12 @@ class Server:
             core.registry.commands.drain()
             app.service.streams.end()
             await self._drain(server)
+
+    def _upgrades(self) -> dict[str, WebSocketRoute]:
+        """MQTT on the HTTPS port. Its server outlives this port's, so its peers are drained in MQTT's own words."""
+        assert self._mqtt is not None, "MQTT starts first"
+        origins = frozenset(self._config.https.websocket_origins)
+        return {MQTT_PATH: WebSocketRoute(SUBPROTOCOL, WebSockets(self._mqtt).take, origins)}
 
     @asynccontextmanager
     async def _ops_listener(self) -> AsyncIterator[int]:
@@ -548,6 +559,7 @@ def _mqtt_limits(config: Config) -> ServerLimits:
         packet_bytes=mqtt.packet_bytes,
         connect_timeout=mqtt.connect_seconds,
         keep_alive=mqtt.keep_alive_seconds,
+        idle=float(mqtt.idle_seconds),
         receive_maximum=mqtt.receive_maximum,
         unanswered_messages=mqtt.receive_maximum,
         inflight=mqtt.inflight,
@@ -559,7 +571,6 @@ def _mqtt_limits(config: Config) -> ServerLimits:
     return ServerLimits(
         machine=machine,
         provisioning=mqtt.provisioning_connections,
-        idle=float(mqtt.idle_seconds),
         provisioning_seconds=mqtt.provisioning_seconds,
         provisioning_attempts_per_second=config.limits.provisioning_attempts_per_second,
         provisioning_attempts_burst=config.limits.provisioning_attempts_burst,

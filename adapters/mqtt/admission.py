@@ -78,6 +78,7 @@ class Admission:
             self._taming.refused(lookup, self._server.now())
             await self._refuse(peer, ReasonCode.NOT_AUTHORIZED)
         except ResourceExhausted:
+            self._server.counters.turned_away += 1
             peer.refuse(ReasonCode.QUOTA_EXCEEDED)
         except RegistryError:  # the core is away, or full
             peer.refuse(ReasonCode.SERVER_UNAVAILABLE)

@@ -15,8 +15,9 @@ Theory
 
 Packets are taken from the buffer one at a time by `next_event`, and only while the server keeps up: not while it
 judges a CONNECT, SUBSCRIBE or UNSUBSCRIBE (so these take effect in their order), not while too many messages are
-being stored, not while the peer does not read our answers. What waits is bounded by `wants_read`. While we make the
-peer wait, its keep-alive does not run.
+being stored, not while the peer does not read our answers, and no more in one `turn` than the shell allows, so that a
+flood of cheap packets shares the loop. What waits is bounded by `wants_read`. While we make the peer wait, its
+keep-alive does not run.
 
 PUBACKs leave in the order of their PUBLISHes, PUBRECs too [MQTT-4.6.0-2], [MQTT-4.6.0-3], whatever order the server
 answers in; PUBCOMP, PINGRESP and SUBACK wait for none of these. A peer that breaks the protocol gets the reason: in
@@ -164,6 +165,10 @@ class Connection:
         """The session from `accept` on, also after the end: its messages may still be being stored."""
         self.client_id = ""
         self._framer = Framer(limits.connect_bytes)
+        self.turn: int | None = None
+        """Packets that may still be taken in this turn of the shell's loop; None for any number."""
+        self.subscriptions_full = 0
+        """Filters that were refused because the session had no room, since the shell looked and set it to 0."""
         self._events: deque[Event] = deque()
         self._out: list[bytes] = []
         self._out_bytes = 0
@@ -203,7 +208,12 @@ class Connection:
         """Whether more bytes are welcome. False makes the peer wait; nothing is lost."""
         if self.state is State.CLOSED:
             return False
-        return self._keeps_up or self._framer.buffered == 0
+        return (self._keeps_up and not self.behind) or self._framer.buffered == 0
+
+    @property
+    def behind(self) -> bool:
+        """Whether the turn ended before the buffer did: call again in the next one."""
+        return self.turn is not None and self.turn <= 0 and self._keeps_up and self._framer.buffered > 0
 
     @property
     def busy(self) -> bool:
@@ -441,7 +451,7 @@ class Connection:
         )
 
     def _take_packet(self, now: float) -> bool:
-        if not self._keeps_up:
+        if not self._keeps_up or self.behind:
             return False
         first = 0
         body = b""
@@ -454,6 +464,8 @@ class Connection:
                     self._partial_since = now
                 return False
             self._partial_since = None
+            if self.turn is not None:
+                self.turn -= 1
             first, body = frame
             kind = packet_type(first)
             if kind not in _LEGAL[self.state]:
@@ -624,6 +636,7 @@ class Connection:
                 raise violation("no local on a shared subscription")  # [MQTT-3.8.3-4]
             if request.filter not in known and len(known) >= limits.subscriptions:
                 judged.append((request, None, ReasonCode.QUOTA_EXCEEDED))
+                self.subscriptions_full += 1
                 continue
             known.add(request.filter)
             judged.append((request, topic_filter, None))

@@ -28,6 +28,7 @@ class MqttLimits:
     unreleased: int = 1_024  # incoming QoS 2 of 3.1.1, which has no receive maximum, waiting for PUBREL
     unanswered_messages: int = 256  # incoming messages of any QoS being stored; then reading stops
     unanswered_bytes: int = 1_048_576
+    packets_per_turn: int = 64  # taken from one peer before the others have their turn: a few milliseconds at most
     topic_aliases_in: int = 16  # x topic_bytes each
     topic_aliases_out: int = 16
     inflight: int = 128  # outgoing QoS 1 and 2 on the way, at most; the client's Receive Maximum may say less

@@ -7,7 +7,7 @@
 
 Theory. Everything runs in the loop's callbacks; only admission and what asks the database are tasks. The one place
 where bytes and events move is `pump`: take events while there are any, write what the machine has to say, again until
-both are silent; then read on or stop reading, as the machine wants it, and set the timer. Answers of the store call
+both are silent or the peer's turn is over; then read on or stop reading, as the machine wants it, and set the timer. Answers of the store call
 `poke`, which pumps once for everything that became ready in the same turn of the loop.
 
 What can race: the peer may vanish, or the registry may close the session, while admission waits. `alive` is looked at
@@ -232,6 +232,7 @@ class Peer(asyncio.Protocol):
     def _move(self) -> None:
         machine, server = self.machine, self.server
         now = server.now()
+        machine.turn = machine.limits.packets_per_turn
         moved = True
         while moved:
             moved = False
@@ -245,6 +246,8 @@ class Peer(asyncio.Protocol):
             if data and self.transport is not None:
                 self.transport.write(data)
                 moved = True
+        server.counters.subscriptions_full += machine.subscriptions_full
+        machine.subscriptions_full = 0
         transport = self.transport
         if machine.closed:
             self._finish(now)
@@ -257,6 +260,8 @@ class Peer(asyncio.Protocol):
             transport.resume_reading()
         else:
             transport.pause_reading()
+        if machine.behind:
+            self.poke()
         self._arm(now)
 
     def _handle(self, event: Event, now: float) -> None:

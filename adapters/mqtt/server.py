@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from adapters.mqtt.admission import Admission
@@ -77,10 +78,15 @@ class MqttCounters:
     wills_lost: int = 0
     failures: int = 0
     """Connections that ended by a bug of ours."""
+    subscriptions_full: int = 0
+    """Filters for which a session had no room."""
+    ended: Counter[ReasonCode] = field(default_factory=Counter)
+    """Connections that did not end by their peers' will, by the reason that 5.0 has for it: which limit it was."""
 
     def as_dict(self) -> Mapping[str, int]:
-        """All counts by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """All counts by name; `ended_…` by reason."""
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "ended"}
+        return plain | {f"ended_{reason.name.lower()}": count for reason, count in self.ended.items()}
 
 
 class MqttServer:
@@ -157,6 +163,8 @@ class MqttServer:
 
     def ended(self, peer: Peer, ended: Ended) -> None:
         """Count how a connection ended."""
+        if ended.cause not in (Cause.DISCONNECTED, Cause.LOST):
+            self.counters.ended[ended.reason] += 1
         match ended.cause:
             case Cause.TIMEOUT:
                 self.counters.timed_out += 1

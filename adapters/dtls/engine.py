@@ -40,16 +40,13 @@ from typing import Final
 from OpenSSL import SSL
 from OpenSSL.crypto import FILETYPE_ASN1, dump_certificate
 
+from adapters.dtls import records as wire
 from adapters.dtls.admission import Drop, DtlsCounters, DtlsLimits
 from adapters.dtls.context import DtlsContext
 from adapters.dtls.ports import CertificateProven, NothingProven, Proof, PskKey, PskProven
+from adapters.dtls.protection import Protection, Secrets
 from adapters.dtls.psk_binding import forget_errors
 from adapters.dtls.records import (
-    ALERT_BAD_RECORD_MAC,
-    ALERT_INTERNAL_ERROR,
-    APPLICATION_DATA,
-    CHANGE_CIPHER_SPEC,
-    HANDSHAKE,
     PSK_SUITES,
     RECORD_HEADER,
     ClientHello,
@@ -61,6 +58,9 @@ from adapters.dtls.records import (
 )
 
 _LARGEST_PLAINTEXT: Final = 16_384  # RFC 6347 §4.1.1
+_FINISHED: Final = b"\x14"  # RFC 5246 §7.4: the message's type
+_CLOSE_NOTIFY: Final = b"\x01\x00"  # RFC 5246 §7.2.1, at level warning
+_FATAL: Final = b"\x02"
 _WRITTEN: Final = 4_096  # most flights at once
 _RANDOM_KEY: Final = 32
 _ALERT_ROOM: Final = 16  # record numbers that OpenSSL may have used for alerts that we did not see
@@ -144,9 +144,11 @@ class DtlsEngine:
         "_context",
         "_counters",
         "_handshake",
+        "_last_flight",
         "_limits",
         "_out",
-        "_sequence",
+        "_protection",
+        "_sequences",
         "_state",
         "certificate_fault",
         "mtu",
@@ -160,7 +162,9 @@ class DtlsEngine:
         self._counters = counters or DtlsCounters()
         self._state = _State.SHAKING
         self._out: list[bytes] = []
-        self._sequence = 0
+        self._sequences = [0, 0]  # next record numbers of epochs 0 and 1 in our direction
+        self._protection: Protection | None = None
+        self._last_flight: tuple[bytes, ...] = ()
         self.mtu = limits.mtu
         self.certificate_fault: str | None = None
         self._connection: SSL.Connection | None = context.connection(limits.mtu)
@@ -191,7 +195,12 @@ class DtlsEngine:
     @property
     def room(self) -> int:
         """Bytes that one call of `send` takes at most; 0 when it is not open."""
-        return self._connection.get_cleartext_mtu() if self._connection is not None and self._handshake is None else 0
+        if self._state is not _State.OPEN:
+            return 0
+        if self._protection is not None:
+            return self.mtu - self._protection.overhead
+        assert self._connection is not None
+        return self._connection.get_cleartext_mtu()
 
     def datagrams(self) -> list[bytes]:
         """What is to be sent now, each at most `mtu` bytes."""
@@ -217,7 +226,7 @@ class DtlsEngine:
         if self._state is not _State.WAITING or handshake is None:
             return []
         if key is None:
-            self._alert(ALERT_INTERNAL_ERROR)
+            self._alert(wire.ALERT_INTERNAL_ERROR)
             return self._end(End.KEY_UNAVAILABLE)
         self._state = _State.SHAKING
         handshake.key = key
@@ -229,26 +238,16 @@ class DtlsEngine:
 
     def send(self, datagram: bytes) -> None:
         """Encrypt one datagram of at most `room` bytes. Raises ValueError when it is larger; after the end nothing."""
-        connection = self._connection
-        if self._state is not _State.OPEN or connection is None or not datagram:
+        if self._state is not _State.OPEN or not datagram:
             return
-        forget_errors()
-        try:
-            connection.send(datagram)
-            self._out.append(connection.bio_read(len(datagram) + 256))
-        except SSL.Error:
-            raise ValueError(f"a datagram of {len(datagram)} bytes; room is for {self.room}") from None
+        if len(datagram) > self.room:
+            raise ValueError(f"a datagram of {len(datagram)} bytes; there is room for {self.room}")
+        self._seal(wire.APPLICATION_DATA, datagram)
 
     def close(self) -> None:
         """End with close_notify (RFC 5246 §7.2.1); an unfinished handshake ends without a word."""
-        connection = self._connection
-        if self._state is _State.OPEN and connection is not None:
-            forget_errors()
-            try:
-                connection.shutdown()
-            except SSL.Error:
-                pass  # broken already; silence then
-            self._collect(connection)
+        if self._state is _State.OPEN:
+            self._seal(wire.ALERT, _CLOSE_NOTIFY)
         self._forget()
 
     def retransmission_due(self) -> float | None:
@@ -300,7 +299,7 @@ class DtlsEngine:
         reader = handshake.reader
         if reader is not None:
             for record in records:
-                if record.content == HANDSHAKE and record.epoch == 0:
+                if record.content == wire.HANDSHAKE and record.epoch == 0:
                     reader.feed(datagram[record.start + RECORD_HEADER : record.end])
             if reader.complete:
                 handshake.reader = None
@@ -322,8 +321,8 @@ class DtlsEngine:
 
     def _wanted(self, handshake: _Handshake, record: Record) -> bool:
         if record.epoch == 0:
-            return record.content != APPLICATION_DATA
-        if record.epoch > 1 or record.content != HANDSHAKE:
+            return record.content != wire.APPLICATION_DATA
+        if record.epoch > 1 or record.content != wire.HANDSHAKE:
             return False
         handshake.early += 1
         return handshake.early <= self._limits.handshake_early_records
@@ -344,13 +343,13 @@ class DtlsEngine:
         assert connection is not None
         assert handshake is not None
         for record in split_records(datagram):
-            if record.content == CHANGE_CIPHER_SPEC:
+            if record.content == wire.CHANGE_CIPHER_SPEC:
                 handshake.changed_cipher = True
             elif record.epoch == 1:
                 handshake.finished = True
         events = self._step(connection, datagram)
         if self._state is _State.SHAKING and handshake.key and handshake.changed_cipher and handshake.finished:
-            self._alert(ALERT_BAD_RECORD_MAC)
+            self._alert(wire.ALERT_BAD_RECORD_MAC)
             return self._end(End.WRONG_KEY)
         return events
 
@@ -376,6 +375,7 @@ class DtlsEngine:
         handshake, self._handshake = self._handshake, None
         assert handshake is not None
         self._state = _State.OPEN
+        self._take_over(connection)
         certificate = connection.get_peer_certificate()
         proof: Proof
         if certificate is not None:
@@ -386,9 +386,46 @@ class DtlsEngine:
             proof = NothingProven()
         return [Established(proof)]
 
+    def _take_over(self, connection: SSL.Connection) -> None:
+        """Go on without OpenSSL, where the suite is one that protection.py carries."""
+        suite, master = connection.get_cipher_name(), connection.master_key()
+        client, server = connection.client_random(), connection.server_random()
+        if suite is None or master is None or client is None or server is None or not Protection.knows(suite):
+            return
+        self._protection = Protection(suite, Secrets(master, client, server), self._sequences[1])
+        self._last_flight = tuple(self._out)
+        self._connection = None
+
     # Open
 
     def _open(self, datagram: bytes) -> list[Event]:
+        protection = self._protection
+        if protection is None:
+            return self._open_by_openssl(datagram)
+        events: list[Event] = []
+        for record in split_records(datagram):
+            plain = protection.open(datagram, record)
+            if plain is None:
+                continue
+            match record.content:
+                case wire.APPLICATION_DATA:
+                    self._last_flight = ()  # it has arrived: the peer would not have gone on without it
+                    if plain:
+                        events.append(Received(plain))
+                case wire.HANDSHAKE if plain[:1] == _FINISHED:
+                    self._out += self._last_flight
+                case wire.ALERT if plain == _CLOSE_NOTIFY:
+                    self.close()
+                    events.append(Ended(End.CLOSED_BY_PEER))
+                    break
+                case wire.ALERT if plain[:1] == _FATAL:
+                    events += self._end(End.ABORTED_BY_PEER)
+                    break
+                case _:  # a warning, or an attempt to renegotiate, which may be ignored (RFC 5246 §7.4.1.1)
+                    pass
+        return events
+
+    def _open_by_openssl(self, datagram: bytes) -> list[Event]:
         connection = self._connection
         assert connection is not None
         events: list[Event] = []
@@ -414,13 +451,28 @@ class DtlsEngine:
 
     # Out
 
+    def _seal(self, content: int, plain: bytes) -> None:
+        if self._protection is not None:
+            self._out.append(self._protection.seal(content, plain))
+            return
+        connection = self._connection
+        assert connection is not None
+        forget_errors()
+        try:
+            if content == wire.ALERT:
+                connection.shutdown()
+            else:
+                connection.send(plain)
+        except SSL.Error:
+            return  # broken already; silence then
+        self._collect(connection)
+
     def _collect(self, connection: SSL.Connection) -> None:
         """Cut what OpenSSL wrote into datagrams: as many whole records as fit into each (RFC 6347 §4.1.1)."""
         written = _written(connection)
         start, handshake = 0, self._handshake
         for record in split_records(written):
-            if record.epoch == 0:
-                self._sequence = max(self._sequence, record.sequence + 1)
+            self._sequences[record.epoch & 1] = max(self._sequences[record.epoch & 1], record.sequence + 1)
             if record.end - start > self.mtu and record.start > start:
                 self._out.append(written[start : record.start])
                 start = record.start
@@ -430,7 +482,7 @@ class DtlsEngine:
             handshake.largest = max(map(len, self._out), default=0)
 
     def _alert(self, description: int) -> None:
-        self._out.append(plaintext_alert(description, self._sequence + _ALERT_ROOM))
+        self._out.append(plaintext_alert(description, self._sequences[0] + _ALERT_ROOM))
 
     def _end(self, reason: End) -> list[Event]:
         self._forget()
@@ -438,7 +490,8 @@ class DtlsEngine:
 
     def _forget(self) -> None:
         self._state = _State.ENDED
-        self._connection = None
+        self._connection = self._protection = None
+        self._last_flight = ()
         self._handshake = None
 
 

@@ -1,8 +1,9 @@
 """Four clients that we did not write live a device's life: mosquitto's programs, paho-mqtt, MQTT.js and amqtt.
 
 Each provisions itself over the topic with a CSR, comes back with the certificate, publishes with QoS 0, 1 and 2,
-receives a command and answers it, is revoked while it is connected, and cannot return. The server is a process of its
-own; the clients are, too, and say in JSON lines what they saw (tests/interop/mqtt_clients).
+receives a command and answers it, is revoked while it is connected, and cannot return. paho-mqtt and MQTT.js do it over
+WebSocket, too. The server is a process of its own; the clients are, too, and say in JSON lines what they saw
+(tests/interop/mqtt_clients).
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Kind:
     version: int
     websocket: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.name}-{self.version}{'-websocket' * self.websocket}"
+
     @property
     def ends(self) -> set[int]:
         """What it tells of a revocation: 0x98 in 5.0, a closed socket in 3.1.1, which paho calls 0x80."""
@@ -70,7 +74,15 @@ class Kind:
                 return None if there else "node or its module mqtt is missing"
 
 
-KINDS = [Kind("paho", 4), Kind("paho", 5), Kind("amqtt", 4), Kind("mqtt-js", 4), Kind("mqtt-js", 5)]
+KINDS = [
+    Kind("paho", 4),
+    Kind("paho", 5),
+    Kind("paho", 5, websocket=True),
+    Kind("amqtt", 4),
+    Kind("mqtt-js", 4),
+    Kind("mqtt-js", 5),
+    Kind("mqtt-js", 4, websocket=True),
+]
 
 
 @pytest.fixture
@@ -153,13 +165,15 @@ async def stored(tenant: Tenant, device_id: str) -> list[Any]:
     return sorted((u["payload"] for u in found), key=str)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=[f"{k.name}-{k.version}" for k in KINDS])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 async def test_a_client_lives_a_devices_life(server: ServerProcess, tenant: Tenant, tmp_path: Path, kind: Kind) -> None:
     missing = kind.missing()
     if missing is not None:
         pytest.skip(missing)
     key = OwnKey.new()
     common = {"port": server.ports["mqtt"], "ca": str(server.ca_chain), "version": kind.version}
+    if kind.websocket:
+        common["ws"] = server.ports["https"]
     request = {"token": await a_token(tenant), "csr": key.csr()}
     asked = {**common, "step": "provision", "user": "provision", "request": request}
     async with running(*kind.command(), json.dumps(asked)) as client:

@@ -27,7 +27,10 @@ class Device:
         self.asked = asked
         self.heard: queue.Queue[tuple[str, Any]] = queue.Queue()
         version = MQTTProtocolVersion.MQTTv5 if asked["version"] == 5 else MQTTProtocolVersion.MQTTv311
-        self.client = client = paho.Client(CallbackAPIVersion.VERSION2, client_id="paho", protocol=version)
+        transport = "websockets" if asked.get("ws") else "tcp"
+        self.client = client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id="paho", protocol=version, transport=transport
+        )
         context = ssl.create_default_context(cafile=asked["ca"])
         if asked.get("pem"):
             context.load_cert_chain(asked["pem"])
@@ -40,7 +43,7 @@ class Device:
         client.on_subscribe = lambda c, u, mid, reasons, properties: self.heard.put(("suback", reasons))
 
     def connect(self) -> Any:
-        self.client.connect("127.0.0.1", self.asked["port"], keepalive=60)
+        self.client.connect("127.0.0.1", self.asked.get("ws") or self.asked["port"], keepalive=60)
         self.client.loop_start()
         return self.wait("connack")
 

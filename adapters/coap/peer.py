@@ -492,10 +492,15 @@ class PeerMachine:
             if exchange.confirmable and not exchange.acknowledged:
                 self._acknowledge(exchange)  # RFC 7967 §2: the message layer goes on
             return
+        # The first answer of an observation is a notification too: a Reset ends it (RFC 7641 §3.6).
+        observation = exchange.observation
+        if observation is not None and observation.state is not ObservationState.ACTIVE:
+            observation = None
         if not exchange.confirmable:
-            self._send(
-                encode(Message(Type.NON, code, self._next_message_id(), exchange.token, tuple(options), payload))
-            )
+            message_id = self._next_message_id()
+            self._send(encode(Message(Type.NON, code, message_id, exchange.token, tuple(options), payload)))
+            if observation is not None:
+                self._remember(message_id, observation)
             return
         if not exchange.acknowledged:
             reply = encode(Message(Type.ACK, code, exchange.message_id, exchange.token, tuple(options), payload))
@@ -504,7 +509,7 @@ class PeerMachine:
             return
         message_id = self._next_message_id()
         datagram = encode(Message(Type.CON, code, message_id, exchange.token, tuple(options), payload))
-        self._waiting.append(Transmission(message_id, datagram))
+        self._waiting.append(Transmission(message_id, datagram, observation))
         self._pump(now)
 
     def _acknowledge(self, exchange: _Exchange) -> None:
@@ -623,10 +628,13 @@ class PeerMachine:
         self._memory.counters.notifications += 1
         observation.sent(kind is Type.CON, now)
         if response.code.is_successful():
-            self._notified[message_id] = observation
-            if len(self._notified) > _REMEMBERED_NOTIFICATIONS:
-                del self._notified[next(iter(self._notified))]
+            self._remember(message_id, observation)
         return message_id, datagram
+
+    def _remember(self, message_id: int, observation: Observation) -> None:
+        self._notified[message_id] = observation
+        if len(self._notified) > _REMEMBERED_NOTIFICATIONS:
+            del self._notified[next(iter(self._notified))]
 
     # Our own messages -------------------------------------------------------------------------------------------------
 

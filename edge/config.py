@@ -223,6 +223,78 @@ class Coap(Section, frozen=True, kw_only=True):
     port: Annotated[
         int, Meta(ge=0, le=65535, description=f"The registered port of CoAP over DTLS (RFC 7252 §12.7); {PORT_TEXT}.")
     ] = 5684
+    handshake_seconds: Annotated[
+        Seconds, Meta(description="A DTLS handshake must be over by then: five retransmissions over a bad radio link.")
+    ] = 30.0
+    handshakes: Annotated[
+        int,
+        Meta(ge=1, le=1_000_000, description="DTLS handshakes in flight, beyond the cookie. Each takes about 100 KB."),
+    ] = 1024
+    handshakes_per_address: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="The same from one IPv4 address or IPv6 /64: a site behind one NAT comes back at once.",
+        ),
+    ] = 256
+    associations: Annotated[
+        int, Meta(ge=1, le=10_000_000, description="DTLS associations, about 70 KB each; 20,000 take 1.4 GB.")
+    ] = 20_000
+    associations_per_address: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000_000,
+            description="The same from one IPv4 address or IPv6 /64. Radio devices sit behind carriers' NATs, many "
+            "to an address.",
+        ),
+    ] = 5_000
+    associations_per_device: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=100,
+            description="Of one device. One that sleeps comes back from another port; of more than these the one that "
+            "was silent longest ends.",
+        ),
+    ] = 8
+    idle_seconds: Annotated[
+        Annotated[float, Meta(ge=10, le=2_592_000)],
+        Meta(description="A silent association is forgotten after this. Who reports every hour keeps its own."),
+    ] = 7_200.0
+    datagram_bytes: Annotated[
+        int,
+        Meta(
+            ge=256,
+            le=16_384,
+            description="Largest UDP payload that is sent, handshakes included. 1,200 pass on nearly every path; a "
+            "flight that is lost is sent again in pieces of 528.",
+        ),
+    ] = 1_200
+    body_bytes: Annotated[
+        int,
+        Meta(
+            ge=1_024,
+            le=1 << 24,
+            description="One block-wise upload. A backlog of telemetry fits; every peer may take twice as much.",
+        ),
+    ] = 65_536
+    observations: Annotated[
+        int, Meta(ge=1, le=1_000, description="What one association may observe: configuration, commands, and room.")
+    ] = 16
+    provisioning_associations: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="Associations at once that belong to nobody: claim PSKs, and peers without any credential.",
+        ),
+    ] = 500
+    provisioning_seconds: Annotated[
+        Annotated[float, Meta(ge=1, le=3600)],
+        Meta(description="Such an association is closed after this: twice the time for which a request is repeated."),
+    ] = 180.0
 
 
 class Lwm2m(Section, frozen=True, kw_only=True):

@@ -208,6 +208,18 @@ class Metrics:
 
         self._registry.register(_Read(collect))
 
+    def watch_coap(self, read: Callable[[], Mapping[str, int]], present: frozenset[str]) -> None:
+        """Show what the CoAP server counts, by the counters' names; `present` are those that say how many there are."""
+
+        def collect() -> Iterable[Metric]:
+            happened = CounterMetricFamily("gatehouse_coap", "What happened to CoAP messages", labels=["what"])
+            now = GaugeMetricFamily("gatehouse_coap_now", "What CoAP has in hand", labels=["what"])
+            for what, count in read().items():
+                (now if what in present else happened).add_metric([what], count)
+            yield from (happened, now)
+
+        self._registry.register(_Read(collect))
+
     def render(self) -> bytes:
         """The page in the Prometheus text format, version 0.0.4 (`CONTENT_TYPE`)."""
         return generate_latest(self._registry)

@@ -1,7 +1,7 @@
 """A running node: what starts in which order, what readiness means, and how it leaves.
 
     start   PostgreSQL (embedded) → migrations → key ring → shared trust → services → feed (node lock) → node joins
-            → TLS credentials → ops port → MQTT → HTTPS → ready line
+            → TLS credentials → ops port → MQTT → CoAP → HTTPS → ready line
     ready   database answers lately, feed is trusted, listeners listen, not draining
     stop    not ready → listeners drain → queued uplinks commit → sessions end → loops stop → node leaves → database
 
@@ -27,6 +27,11 @@ from types import MappingProxyType
 import asyncpg
 import msgspec
 
+from adapters.coap.limits import CoapLimits
+from adapters.coap.server import CoapServer
+from adapters.coap.server_limits import ServerLimits as CoapServerLimits
+from adapters.dtls.admission import DtlsCounters, DtlsLimits
+from adapters.dtls.context import DtlsContext
 from adapters.http.api_request import Service
 from adapters.http.app import HttpApi, HttpApiSettings, create_app
 from adapters.http.limits import HttpLimits
@@ -37,10 +42,10 @@ from adapters.mqtt.server import MqttServer
 from adapters.mqtt.server_limits import ServerLimits
 from adapters.mqtt.websocket import SUBPROTOCOL, WebSockets
 from adapters.provisioning import Endpoint, Provisioning
-from adapters.tls.admission import TlsLimits
+from adapters.tls.admission import TlsCounters, TlsLimits
 from adapters.tls.context import ServerCredentials, TlsContext
 from edge import logs
-from edge.config import Config, Https, Mqtt, Ops
+from edge.config import Coap, Config, Https, Mqtt, Ops
 from edge.metrics import Metrics
 from edge.ops import CheckResult, OpsServer
 from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
@@ -65,6 +70,8 @@ from registry.trust import WrongKeyRing, open_trust
 log = logging.getLogger(__name__)
 
 CHAIN_FILE = "ca-chain.pem"
+COAP_PRESENT = frozenset({"peers", "serving", "observations"})
+"""Of what CoAP counts, how many there are now."""
 MQTT_PATH = "/mqtt"
 """Where MQTT over WebSocket is on the HTTPS port; what clients assume when nothing is said."""
 AUTHORITIES_SECONDS = 1.0
@@ -95,6 +102,7 @@ class Server:
         self._core: Core | None = None
         self._https: HttpsServer | None = None
         self._mqtt: MqttServer | None = None
+        self._coap: CoapServer | None = None
         self._postgres: EmbeddedPostgres | None = None
         self._database_answered = 0.0
         self._draining = False
@@ -163,10 +171,18 @@ class Server:
         credentials = await certificate.load()
         https_context = _tls_context(credentials, "http/1.1", "gatehouse https")
         mqtt_context = _tls_context(credentials, "mqtt", "gatehouse mqtt")
-        mqtt = await enter(self._mqtt_listener(core, mqtt_context))
-        https = await enter(self._https_listener(core, https_context, mqtt))
-        self._supervisor.keep("certificate", lambda: _renew(certificate, (https_context, mqtt_context), chain))
-        ports = {"https": https, "mqtt": mqtt, "ops": ops}
+        coap_context = _dtls_context(credentials)
+        provisioning = Provisioning(  # the ports are the bound ones once the listeners listen
+            core.registry,
+            Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
+            Endpoint(public_host(config, config.coap.host), config.coap.port),
+        )
+        mqtt = await enter(self._mqtt_listener(core, mqtt_context, provisioning))
+        coap = await enter(self._coap_listener(core, coap_context, provisioning))
+        https = await enter(self._https_listener(core, https_context, provisioning))
+        contexts = (https_context, mqtt_context, coap_context)
+        self._supervisor.keep("certificate", lambda: _renew(certificate, contexts, chain))
+        ports = {"https": https, "mqtt": mqtt, "coap": coap, "ops": ops}
         log.info("node.ready", extra={"fields": {"node": config.node.id, "ports": ports}})
         return ports
 
@@ -243,13 +259,8 @@ class Server:
             await registry.feed.close()
 
     @asynccontextmanager
-    async def _mqtt_listener(self, core: Core, context: TlsContext) -> AsyncIterator[int]:
+    async def _mqtt_listener(self, core: Core, context: TlsContext, provisioning: Provisioning) -> AsyncIterator[int]:
         config = self._config
-        provisioning = Provisioning(
-            core.registry,
-            Endpoint(public_host(config, config.mqtt.host), config.mqtt.port),
-            Endpoint(public_host(config, config.coap.host), config.coap.port),
-        )
         messaging = Messaging(
             core.database,
             NodeId(config.node.id),
@@ -276,8 +287,29 @@ class Server:
             await self._drain(server)
 
     @asynccontextmanager
-    async def _https_listener(self, core: Core, context: TlsContext, mqtt_port: int) -> AsyncIterator[int]:
-        app = create_app(core.registry, _api_settings(self._config, mqtt_port), self._metrics)
+    async def _coap_listener(self, core: Core, context: DtlsContext, provisioning: Provisioning) -> AsyncIterator[int]:
+        config = self._config
+        self._coap = server = CoapServer(
+            core.registry,
+            provisioning,
+            context,
+            limits=_coap_server_limits(config),
+            coap_limits=_coap_limits(config),
+            dtls_limits=_dtls_limits(config),
+        )
+        port = await _listening("coap", config.coap, server.start)
+        provisioning.coap = Endpoint(public_host(config, config.coap.host), port)
+        self._watch_coap(server)
+        try:
+            yield port
+        finally:
+            self._draining = True
+            core.registry.sessions.drain()
+            await self._drain(server)
+
+    @asynccontextmanager
+    async def _https_listener(self, core: Core, context: TlsContext, provisioning: Provisioning) -> AsyncIterator[int]:
+        app = create_app(core.registry, _api_settings(self._config, provisioning), self._metrics)
         self._https = server = HttpsServer(
             app.asgi,
             context,
@@ -312,7 +344,7 @@ class Server:
         finally:
             await ops.close()
 
-    async def _drain(self, server: HttpsServer | MqttServer) -> None:
+    async def _drain(self, server: HttpsServer | MqttServer | CoapServer) -> None:
         """Let what is in flight finish, unless somebody is in a hurry."""
         polite = asyncio.ensure_future(server.drain(self._config.node.drain_seconds))
         hurried = asyncio.ensure_future(self._hurry.wait())
@@ -345,6 +377,7 @@ class Server:
                 "feed": _check(feed.trusted, f"not followed for {feed.lost_seconds():.0f} s"),
                 "https": _check(self._https is not None and not self._draining, "draining"),
                 "mqtt": _check(self._mqtt is not None and not self._draining, "draining"),
+                "coap": _check(self._coap is not None and not self._draining, "draining"),
             }
         )
 
@@ -361,9 +394,11 @@ class Server:
 
     def _watch_https(self, core: Core, app: HttpApi, server: HttpsServer) -> None:
         metrics, intake = self._metrics, app.hot.counters
-        listeners = {Transport.HTTPS: server.tls_counters}
+        listeners: dict[Transport, TlsCounters | DtlsCounters] = {Transport.HTTPS: server.tls_counters}
         if self._mqtt is not None:
             listeners[Transport.MQTT] = self._mqtt.tls_counters
+        if self._coap is not None:
+            listeners[Transport.COAP] = self._coap.dtls_counters
         metrics.watch_listeners(lambda: {transport: each.as_dict() for transport, each in listeners.items()})
         metrics.watch_uplinks(
             Transport.HTTPS,
@@ -387,6 +422,19 @@ class Server:
         )
         metrics.watch_mqtt(counters.as_dict)
         metrics.watch_limits(lambda: _mqtt_limits_hit(server))
+
+    def _watch_coap(self, server: CoapServer) -> None:
+        metrics, counters = self._metrics, server.counters
+        metrics.watch_uplinks(
+            Transport.COAP,
+            lambda: {
+                UplinkOutcome.STORED: counters.stored,
+                UplinkOutcome.DUPLICATE: counters.duplicate,
+                UplinkOutcome.REJECTED: counters.rejected,
+            },
+        )
+        metrics.watch_coap(lambda: {**server.coap_counters.as_dict(), **counters.as_dict()}, COAP_PRESENT)
+        metrics.watch_limits(lambda: _coap_limits_hit(server))
 
 
 async def serve(config: Config) -> int:
@@ -431,7 +479,9 @@ _EXPECTED = (
 """Failures that an operator can understand and mend; anything else is a bug and shows its traceback."""
 
 
-async def _listening(section: str, where: Https | Mqtt | Ops, start: Callable[[str, int], Awaitable[int]]) -> int:
+async def _listening(
+    section: str, where: Https | Mqtt | Coap | Ops, start: Callable[[str, int], Awaitable[int]]
+) -> int:
     try:
         return await start(where.host, where.port)
     except OSError as error:
@@ -474,7 +524,7 @@ def _raise_file_limit() -> None:
             log.warning("limits.open_files", extra={"fields": {"soft": soft, "hard": hard, "reason": str(error)}})
 
 
-async def _renew(certificate: ServerCertificate, contexts: Sequence[TlsContext], chain: Path) -> None:
+async def _renew(certificate: ServerCertificate, contexts: Sequence[TlsContext | DtlsContext], chain: Path) -> None:
     """Keep what the listeners show, and the file of what to trust, up to date."""
     loop = asyncio.get_running_loop()
     replaced = checked = loop.time()
@@ -500,7 +550,7 @@ def _check(ok: bool, reason: str) -> CheckResult:
     return CheckResult(True) if ok else CheckResult(False, reason)
 
 
-def _api_settings(config: Config, mqtt_port: int) -> HttpApiSettings:
+def _api_settings(config: Config, provisioning: Provisioning) -> HttpApiSettings:
     limits = config.limits
     return HttpApiSettings(
         tenant_requests_per_second=limits.tenant_requests_per_second,
@@ -519,8 +569,8 @@ def _api_settings(config: Config, mqtt_port: int) -> HttpApiSettings:
         max_body_bytes=limits.body_bytes,
         open_body_bytes=limits.open_body_bytes,
         uplink_payload_bytes=limits.uplink_payload_bytes,
-        mqtt=Endpoint(public_host(config, config.mqtt.host), mqtt_port),
-        coap=Endpoint(public_host(config, config.coap.host), config.coap.port),
+        mqtt=provisioning.mqtt,
+        coap=provisioning.coap,
     )
 
 
@@ -579,6 +629,67 @@ def _mqtt_limits(config: Config) -> ServerLimits:
     )
 
 
+def _coap_limits_hit(server: CoapServer) -> dict[Limit, int]:
+    counters, coap, dtls = server.counters, server.coap_counters, server.dtls_counters.as_dict()
+    return {
+        Limit.BODY: coap.too_large,
+        Limit.REQUESTS: coap.busy,
+        Limit.SLOW_SENDER: coap.incomplete,
+        Limit.HANDSHAKES: dtls["dropped_handshake_limit"]
+        + dtls["dropped_address_limit"]
+        + dtls["dropped_handshake_timeout"],
+        Limit.CONNECTIONS: dtls["dropped_association_limit"]
+        + dtls["dropped_address_associations"]
+        + counters.turned_away,
+        Limit.KEY_REQUESTS: counters.key_requests,
+        Limit.TENANT_REQUESTS: counters.tenant_requests,
+        Limit.PROVISIONING_ATTEMPTS: counters.provisioning_attempts,
+        Limit.UPLINK_PAYLOAD: counters.too_large,
+    }
+
+
+def _coap_server_limits(config: Config) -> CoapServerLimits:
+    coap = config.coap
+    limits = config.limits
+    return CoapServerLimits(
+        associations_per_device=coap.associations_per_device,
+        provisioning=coap.provisioning_associations,
+        provisioning_seconds=coap.provisioning_seconds,
+        provisioning_attempts_per_second=limits.provisioning_attempts_per_second,
+        provisioning_attempts_burst=limits.provisioning_attempts_burst,
+        key_requests_per_second=limits.key_requests_per_second,
+        key_requests_burst=limits.key_requests_burst,
+        tenant_requests_per_second=limits.tenant_requests_per_second,
+        tenant_requests_burst=limits.tenant_requests_burst,
+        payload_bytes=limits.uplink_payload_bytes,
+    )
+
+
+def _coap_limits(config: Config) -> CoapLimits:
+    body = config.coap.body_bytes
+    return CoapLimits(
+        requests=config.limits.requests,
+        observations_per_peer=config.coap.observations,
+        body_bytes=body,
+        upload_bytes_per_peer=2 * body,
+        upload_bytes=max(CoapLimits().upload_bytes, 4 * body),
+    )
+
+
+def _dtls_limits(config: Config) -> DtlsLimits:
+    coap = config.coap
+    return DtlsLimits(
+        handshake_timeout=coap.handshake_seconds,
+        handshakes_in_flight=coap.handshakes,
+        handshakes_per_address=coap.handshakes_per_address,
+        associations=coap.associations,
+        associations_per_address=coap.associations_per_address,
+        idle_timeout=coap.idle_seconds,
+        mtu=coap.datagram_bytes,
+        fallback_mtu=min(DtlsLimits().fallback_mtu, coap.datagram_bytes),
+    )
+
+
 def _http_limits(config: Config) -> HttpLimits:
     limits = config.limits
     return HttpLimits(
@@ -601,6 +712,13 @@ def _http_limits(config: Config) -> HttpLimits:
 def _tls_context(credentials: ServerCredentials, protocol: str, name: str) -> TlsContext:
     try:
         return TlsContext(credentials, alpn=(protocol.encode(),), session_name=name.encode())
+    except ValueError as error:
+        raise StartError(f"https.certificate: {error}") from None
+
+
+def _dtls_context(credentials: ServerCredentials) -> DtlsContext:
+    try:
+        return DtlsContext(credentials)
     except ValueError as error:
         raise StartError(f"https.certificate: {error}") from None
 

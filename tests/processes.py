@@ -114,7 +114,7 @@ class ServerProcess:
         return out.decode()
 
     def _environment(self) -> dict[str, str]:
-        ports = self.ports or {"https": 0, "mqtt": 0, "ops": 0}
+        ports = self.ports or {"https": 0, "mqtt": 0, "coap": 0, "ops": 0}
         chosen = {f"GATEHOUSE_{name.upper()}__PORT": str(port) for name, port in ports.items()}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("GATEHOUSE_")}
         return {**inherited, **chosen, **self.environ}

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.processes import START_SECONDS, ServerProcess
 
-FREE_PORTS = {f"GATEHOUSE_{name}__PORT": "0" for name in ("HTTPS", "MQTT", "OPS")}
+FREE_PORTS = {f"GATEHOUSE_{name}__PORT": "0" for name in ("HTTPS", "MQTT", "COAP", "OPS")}
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 

@@ -22,7 +22,9 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def port(tmp_path: Path) -> Iterator[int]:
     """`gatehouse serve` on the data directory that the README names; the port that its ready line tells."""
     command = [sys.executable, "-m", "edge", "serve", "--data-dir", str(tmp_path / "gatehouse-data")]
-    environment = _environment(tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_MQTT__PORT="0", GATEHOUSE_OPS__PORT="0")
+    environment = _environment(
+        tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_MQTT__PORT="0", GATEHOUSE_COAP__PORT="0", GATEHOUSE_OPS__PORT="0"
+    )
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as server,

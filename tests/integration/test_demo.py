@@ -21,7 +21,12 @@ from edge.config import load
 from edge.demo_steps import Step, Story, Unexpected
 
 ROOT = Path(__file__).resolve().parents[2]
-FREE_PORTS = {"GATEHOUSE_HTTPS__PORT": "0", "GATEHOUSE_MQTT__PORT": "0", "GATEHOUSE_OPS__PORT": "0"}
+FREE_PORTS = {
+    "GATEHOUSE_HTTPS__PORT": "0",
+    "GATEHOUSE_MQTT__PORT": "0",
+    "GATEHOUSE_COAP__PORT": "0",
+    "GATEHOUSE_OPS__PORT": "0",
+}
 
 
 def _environment(**more: str) -> dict[str, str]:

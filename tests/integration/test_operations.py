@@ -360,10 +360,6 @@ async def test_a_broken_key_set_of_operators_stops_the_start(dsn: str, tmp_path:
 
 
 RESERVED = {
-    ("mqtt", "host"),
-    ("mqtt", "port"),
-    ("coap", "host"),
-    ("coap", "port"),
     ("lwm2m", "host"),
     ("lwm2m", "port"),
 }

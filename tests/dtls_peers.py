@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import heapq
 import random
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from cryptography import x509
@@ -297,43 +297,105 @@ def make_client_certificate(
     return Holder(builder.sign(key, hashes.SHA256()), key)
 
 
-class LossyNetwork:
-    """A network with a seed between two sides: it loses, doubles, delays (and so reorders) and has an MTU.
+@dataclass(frozen=True, slots=True)
+class Weather:
+    """What a network does to datagrams. Delays in seconds, drawn evenly up to the longest, so they also reorder."""
 
-    Time is the caller's: `put(now, …)`, `take(now)`.
-    """
+    loss: float = 0.0
+    duplication: float = 0.0
+    longest_delay: float = 0.0
+    mtu: int = 65_535
 
-    def __init__(self, seed: int, loss: float, duplication: float, delay: float, mtu: int) -> None:
+
+class MemoryListener(DtlsListener):
+    """A listener whose network is this process: links by address instead of a socket."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.links: dict[Any, Link] = {}
+
+    def transmit(self, datagram: bytes, address: Any) -> None:
+        link = self.links.get(address)
+        if link is not None:
+            link.travel(datagram, link.to_client)
+
+
+class Link:
+    """A client and its way to a listener, with weather by a seed in both directions."""
+
+    def __init__(
+        self, listener: MemoryListener, client: Client, address: Any, weather: Weather | None = None, seed: int = 0
+    ) -> None:
+        self.listener, self.client, self.address = listener, client, address
+        self.weather = weather or Weather()
+        self.changed = asyncio.Event()
+        self.sent: list[bytes] = []
+        self.heard: list[bytes] = []
+        self.lost = self.doubled = self.oversized = 0
         self._random = random.Random(seed)
-        self._loss, self._duplication, self._delay, self._mtu = loss, duplication, delay, mtu
-        self._queue: list[tuple[float, int, str, bytes]] = []
-        self._number = 0
-        self.lost = 0
-        self.doubled = 0
-        self.oversized = 0
+        self._timer: asyncio.TimerHandle | None = None
+        listener.links[address] = self
 
-    def put(self, now: float, side: str, datagram: bytes) -> None:
-        if len(datagram) > self._mtu:
+    def travel(self, datagram: bytes, arrive: Callable[[bytes], None]) -> None:
+        weather, roll = self.weather, self._random.random
+        if len(datagram) > weather.mtu:
             self.oversized += 1
             return
-        if self._random.random() < self._loss:
+        if roll() < weather.loss:
             self.lost += 1
             return
-        copies = 2 if self._random.random() < self._duplication else 1
+        copies = 2 if roll() < weather.duplication else 1
         self.doubled += copies - 1
         for _ in range(copies):
-            self._number += 1
-            heapq.heappush(self._queue, (now + self._random.random() * self._delay, self._number, side, datagram))
+            asyncio.get_running_loop().call_later(roll() * weather.longest_delay, arrive, datagram)
 
-    def take(self, now: float) -> list[tuple[str, bytes]]:
-        arrived = []
-        while self._queue and self._queue[0][0] <= now:
-            arrived.append(heapq.heappop(self._queue)[2:])
-        return arrived
+    def to_client(self, datagram: bytes) -> None:
+        self.heard.append(datagram)
+        self.out(self.client.feed(datagram))
+        self.changed.set()
 
-    @property
-    def next(self) -> float | None:
-        return self._queue[0][0] if self._queue else None
+    def to_server(self, datagram: bytes) -> None:
+        self.listener.arrived(datagram, self.address)
+
+    def out(self, datagrams: Iterable[bytes]) -> None:
+        for datagram in datagrams:
+            self.sent.append(datagram)
+            self.travel(datagram, self.to_server)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = None if self.client.done else self.client.due()
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_later(due + 0.001, self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        self.out(self.client.retransmit())
+        self.changed.set()
+
+    async def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+    async def handshake(self) -> Link:
+        self.out(self.client.step())
+        await self.until(lambda: self.client.done or self.client.error)
+        assert self.client.error is None, self.client.error
+        return self
+
+    async def ask(self, plain: bytes) -> bytes:
+        before = len(self.client.plain)
+        self.out(self.client.send(plain))
+        await self.until(lambda: len(self.client.plain) > before)
+        return self.client.plain[before]
+
+
+def memory_listener(
+    application: Any = None, credentials: ServerCredentials | None = None, limits: DtlsLimits | None = None
+) -> MemoryListener:
+    return MemoryListener(application or Echo(), DtlsContext(credentials), limits=limits)
 
 
 def plain_socket(port: int, local: str = "127.0.0.1") -> socket.socket:

@@ -32,11 +32,9 @@ from OpenSSL.crypto import X509
 from adapters.dtls.psk_binding import serve_psk
 from adapters.tls.context import ServerCredentials, load_credentials
 
-# Clients choose the order: a device picks what its hardware or its code size prefers. CBC is there for stacks whose
-# only ECDHE_PSK suite it is; OpenSSL has no ECDHE_PSK suite with GCM or CCM.
-PSK_SUITES: Final = (
-    "PSK-AES128-GCM-SHA256:PSK-AES128-CCM:PSK-AES128-CCM8:ECDHE-PSK-CHACHA20-POLY1305:ECDHE-PSK-AES128-CBC-SHA256"
-)
+# Clients choose the order: a device picks what its hardware or its code size prefers. AEAD only (RFC 9325 §4.2), all
+# known to protection.py; OpenSSL has no ECDHE_PSK suite with GCM or CCM.
+PSK_SUITES: Final = "PSK-AES128-GCM-SHA256:PSK-AES128-CCM:PSK-AES128-CCM8:ECDHE-PSK-CHACHA20-POLY1305"
 # RSA is there for servers whose configured certificate is RSA; constrained clients will find nothing to talk to there.
 CERTIFICATE_SUITES: Final = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES128-CCM:ECDHE-ECDSA-AES128-CCM8:ECDHE-RSA-AES128-GCM-SHA256"

@@ -2,8 +2,9 @@
 
 Theory
 ------
-OpenSSL does the handshake (RFC 6347 §4.2), its reassembly, retransmission, replay windows and records; it stands
-between two memory buffers. This machine adds what OpenSSL cannot do by itself:
+OpenSSL does the handshake (RFC 6347 §4.2), its reassembly and its retransmission; it stands between two memory
+buffers. Afterwards the keys are taken over and OpenSSL's object goes (protection.py). This machine adds what OpenSSL
+cannot do by itself:
 
     SHAKING ──whole ClientKeyExchange of a PSK suite──▶ WAITING ──key()──▶ SHAKING ──verified──▶ OPEN ──▶ ENDED
        └── failed, timed out, refused ─────────────────────┴──────────────────────────────────────────▶ ENDED
@@ -57,11 +58,11 @@ from adapters.dtls.records import (
     split_records,
 )
 
-_LARGEST_PLAINTEXT: Final = 16_384  # RFC 6347 §4.1.1
 _FINISHED: Final = b"\x14"  # RFC 5246 §7.4: the message's type
 _CLOSE_NOTIFY: Final = b"\x01\x00"  # RFC 5246 §7.2.1, at level warning
 _FATAL: Final = b"\x02"
 _WRITTEN: Final = 4_096  # most flights at once
+_CHANGED_CIPHER: Final = b"SSLv3/TLS read change cipher spec"  # OpenSSL's name for "the Finished comes next"
 _RANDOM_KEY: Final = 32
 _ALERT_ROOM: Final = 16  # record numbers that OpenSSL may have used for alerts that we did not see
 
@@ -128,8 +129,6 @@ class _Handshake:
         self.reader: IdentityReader | None = IdentityReader(hello.message_seq + 1)
         self.identity: bytes | None = None
         self.key: PskKey | None = None
-        self.changed_cipher = False
-        self.finished = False
         self.largest = 0
 
 
@@ -195,12 +194,7 @@ class DtlsEngine:
     @property
     def room(self) -> int:
         """Bytes that one call of `send` takes at most; 0 when it is not open."""
-        if self._state is not _State.OPEN:
-            return 0
-        if self._protection is not None:
-            return self.mtu - self._protection.overhead
-        assert self._connection is not None
-        return self._connection.get_cleartext_mtu()
+        return 0 if self._protection is None else self.mtu - self._protection.overhead
 
     def datagrams(self) -> list[bytes]:
         """What is to be sent now, each at most `mtu` bytes."""
@@ -242,12 +236,13 @@ class DtlsEngine:
             return
         if len(datagram) > self.room:
             raise ValueError(f"a datagram of {len(datagram)} bytes; there is room for {self.room}")
-        self._seal(wire.APPLICATION_DATA, datagram)
+        assert self._protection is not None
+        self._out.append(self._protection.seal(wire.APPLICATION_DATA, datagram))
 
     def close(self) -> None:
         """End with close_notify (RFC 5246 §7.2.1); an unfinished handshake ends without a word."""
-        if self._state is _State.OPEN:
-            self._seal(wire.ALERT, _CLOSE_NOTIFY)
+        if self._protection is not None:
+            self._out.append(self._protection.seal(wire.ALERT, _CLOSE_NOTIFY))
         self._forget()
 
     def retransmission_due(self) -> float | None:
@@ -342,13 +337,15 @@ class DtlsEngine:
         connection, handshake = self._connection, self._handshake
         assert connection is not None
         assert handshake is not None
-        for record in split_records(datagram):
-            if record.content == wire.CHANGE_CIPHER_SPEC:
-                handshake.changed_cipher = True
-            elif record.epoch == 1:
-                handshake.finished = True
+        changed = handshake.key is not None and connection.get_state_string() == _CHANGED_CIPHER
+        finished = False
+        if handshake.key is not None:
+            for record in split_records(datagram):
+                changed = changed or record.content == wire.CHANGE_CIPHER_SPEC
+                finished = finished or (changed and record.epoch == 1)
         events = self._step(connection, datagram)
-        if self._state is _State.SHAKING and handshake.key and handshake.changed_cipher and handshake.finished:
+        # OpenSSL is asked too: it may have discarded the ChangeCipherSpec as too early, or as a copy.
+        if self._state is _State.SHAKING and finished and connection.get_state_string() == _CHANGED_CIPHER:
             self._alert(wire.ALERT_BAD_RECORD_MAC)
             return self._end(End.WRONG_KEY)
         return events
@@ -387,11 +384,13 @@ class DtlsEngine:
         return [Established(proof)]
 
     def _take_over(self, connection: SSL.Connection) -> None:
-        """Go on without OpenSSL, where the suite is one that protection.py carries."""
+        """Go on without OpenSSL (protection.py says why)."""
         suite, master = connection.get_cipher_name(), connection.master_key()
         client, server = connection.client_random(), connection.server_random()
-        if suite is None or master is None or client is None or server is None or not Protection.knows(suite):
-            return
+        assert suite is not None
+        assert master is not None
+        assert client is not None
+        assert server is not None
         self._protection = Protection(suite, Secrets(master, client, server), self._sequences[1])
         self._last_flight = tuple(self._out)
         self._connection = None
@@ -400,8 +399,7 @@ class DtlsEngine:
 
     def _open(self, datagram: bytes) -> list[Event]:
         protection = self._protection
-        if protection is None:
-            return self._open_by_openssl(datagram)
+        assert protection is not None
         events: list[Event] = []
         for record in split_records(datagram):
             plain = protection.open(datagram, record)
@@ -425,47 +423,7 @@ class DtlsEngine:
                     pass
         return events
 
-    def _open_by_openssl(self, datagram: bytes) -> list[Event]:
-        connection = self._connection
-        assert connection is not None
-        events: list[Event] = []
-        # Reading once for every record and not until there is nothing more: a vain reading would leave 16 KB behind.
-        reads = sum(1 for record in split_records(datagram) if record.epoch)
-        if not reads:
-            return events
-        forget_errors()
-        try:
-            connection.bio_write(datagram)
-            for _ in range(reads):
-                events.append(Received(connection.recv(_LARGEST_PLAINTEXT)))
-        except SSL.WantReadError:
-            # Discarded, or DTLS's own business: a Finished that came again has our last flight as its answer.
-            self._collect(connection)
-        except SSL.ZeroReturnError:
-            self.close()
-            events.append(Ended(End.CLOSED_BY_PEER))
-        except SSL.Error:
-            self._collect(connection)
-            events += self._end(End.ABORTED_BY_PEER)
-        return events
-
     # Out
-
-    def _seal(self, content: int, plain: bytes) -> None:
-        if self._protection is not None:
-            self._out.append(self._protection.seal(content, plain))
-            return
-        connection = self._connection
-        assert connection is not None
-        forget_errors()
-        try:
-            if content == wire.ALERT:
-                connection.shutdown()
-            else:
-                connection.send(plain)
-        except SSL.Error:
-            return  # broken already; silence then
-        self._collect(connection)
 
     def _collect(self, connection: SSL.Connection) -> None:
         """Cut what OpenSSL wrote into datagrams: as many whole records as fit into each (RFC 6347 §4.1.1)."""

@@ -96,7 +96,6 @@ class DtlsListener:
         self._pending: dict[Address, _Pending] = {}
         self._by_place: dict[Place, _Pending] = {}
         self._socket: socket.socket | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -107,7 +106,7 @@ class DtlsListener:
         """
         if self._socket is not None:
             raise RuntimeError("the listener is already started")
-        self._loop = loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
@@ -135,18 +134,16 @@ class DtlsListener:
         `Application.ended` is not called: it is the application that ends.
         """
         bound, self._closing = self._socket, True
-        if bound is None:
-            return
         for pending in list(self._pending.values()):
             self._forget_pending(pending)
         for number, association in enumerate(self.associations(), 1):
             association.close()
             if number % _GOODBYES == 0:
                 await asyncio.sleep(0)  # others' turn, and the network's
-        assert self._loop is not None
-        self._loop.remove_reader(bound.fileno())
-        bound.close()
-        self._socket = None
+        if bound is not None:
+            asyncio.get_running_loop().remove_reader(bound.fileno())
+            bound.close()
+            self._socket = None
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -162,9 +159,10 @@ class DtlsListener:
                 datagram, address = bound.recvfrom(_LARGEST_DATAGRAM)
             except OSError:  # nothing more, or word of an earlier datagram that nobody took
                 return
-            self._arrived(datagram, address)
+            self.arrived(datagram, address)
 
-    def _arrived(self, datagram: bytes, address: Address) -> None:
+    def arrived(self, datagram: bytes, address: Address) -> None:
+        """Take one datagram from anybody. Anything may be in it; nothing raises."""
         if len(datagram) <= RECORD_HEADER or datagram[1] != 0xFE or not 20 <= datagram[0] <= 23:
             self.counters.drop(Drop.GARBAGE)
             return
@@ -241,11 +239,6 @@ class DtlsListener:
 
     # What pending handshakes and associations tell
 
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop that this listener was started on."""
-        assert self._loop is not None
-        return self._loop
-
     def verified(self, pending: _Pending, proof: Proof) -> DtlsAssociation:
         """A handshake has verified: an association takes its place, and that of an older one at its address."""
         self._remove_pending(pending)
@@ -297,7 +290,7 @@ class DtlsListener:
                 self.counters.idle += 1
                 association.leave("silent too long", farewell=True)
         if self._socket is not None:
-            self._sweeper = self.loop().call_later(self.limits.idle_timeout / _SWEEPS, self._sweep)
+            self._sweeper = asyncio.get_running_loop().call_later(self.limits.idle_timeout / _SWEEPS, self._sweep)
 
 
 class _Pending:
@@ -340,7 +333,7 @@ class _Pending:
         for number, event in enumerate(events, 1):
             match event:
                 case IdentityNeeded(identity):
-                    self._asking = self._listener.loop().create_task(self._ask(identity))
+                    self._asking = asyncio.get_running_loop().create_task(self._ask(identity))
                 case Established(proof):
                     if self._timer is not None:
                         self._timer.cancel()
@@ -360,7 +353,7 @@ class _Pending:
         left = self._until - self._listener.clock()
         due = self.engine.retransmission_due()
         wait = left if due is None else min(left, due)
-        self._timer = self._listener.loop().call_later(max(wait, 0.001), self._time_has_come)
+        self._timer = asyncio.get_running_loop().call_later(max(wait, 0.001), self._time_has_come)
 
     def _time_has_come(self) -> None:
         self._timer = None

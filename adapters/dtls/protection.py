@@ -84,7 +84,8 @@ class Secrets:
 
 
 class Protection:
-    """The server's side. `next_sequence` is the first record number that epoch 1 has not used in our direction."""
+    """The server's side. `suite` is OpenSSL's name of one that context.py offers; `next_sequence` is the first record
+    number that epoch 1 has not used in our direction."""
 
     __slots__ = ("_iv", "_next", "_opener", "_peer_iv", "_sealer", "_seen", "_top", "explicit", "overhead")
 
@@ -103,11 +104,6 @@ class Protection:
         self._seen = 0
         self.explicit = 0 if chosen.iv == _WHOLE_NONCE else _EXPLICIT
         self.overhead = RECORD_HEADER + self.explicit + chosen.tag
-
-    @staticmethod
-    def knows(suite: str) -> bool:
-        """Whether this file can carry a suite, by OpenSSL's name."""
-        return suite in _SUITES
 
     def seal(self, content: int, plain: bytes) -> bytes:
         """One whole record. Raises OverflowError when all record numbers are used."""

@@ -38,8 +38,8 @@ _RANDOM: Final = 32
 _LAST_HELLO: Final = 2  # the first ClientHello has number 0, the one with the cookie 1, or 2 after a second cookie
 
 # RFC 4279 §2, RFC 5489 §2: suites whose ClientKeyExchange begins with the identity. Of these ours are PSK with
-# GCM-128, CCM-128, CCM-128-8, and ECDHE_PSK with CBC-128-SHA256 and ChaCha20.
-PSK_SUITES: Final = frozenset({0x00A8, 0xC0A4, 0xC0A8, 0xC037, 0xCCAC})
+# GCM-128, CCM-128, CCM-128-8, and ECDHE_PSK with ChaCha20.
+PSK_SUITES: Final = frozenset({0x00A8, 0xC0A4, 0xC0A8, 0xCCAC})
 
 # An identity of 256 bytes, the longest that OpenSSL takes, and the largest curve point, twice over.
 _KEY_EXCHANGE_ROOM: Final = 1024

@@ -1,0 +1,418 @@
+"""One association as a machine: what a handshake needs, what it bounds, and what nobody can do to it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from adapters.dtls.admission import DtlsCounters, DtlsLimits
+from adapters.dtls.context import DtlsContext
+from adapters.dtls.engine import DtlsEngine, End, Ended, Established, Event, IdentityNeeded, Received
+from adapters.dtls.ports import CertificateProven, NothingProven, PskKey, PskProven
+from adapters.dtls.records import hello_verify_request, read_client_hello, split_records
+from registry.secrets import Secret
+from tests.dtls_peers import KEY, Client, certificate_client_context, make_client_certificate, psk_client_context
+from tests.tls_peers import Holder, make_certificate
+
+SUITES = [
+    b"PSK-AES128-CCM8",
+    b"PSK-AES128-CCM",
+    b"PSK-AES128-GCM-SHA256",
+    b"ECDHE-PSK-CHACHA20-POLY1305",
+]
+
+
+class Server:
+    """An engine, and what it said."""
+
+    def __init__(self, client: Client, context: DtlsContext | None = None, limits: DtlsLimits | None = None) -> None:
+        [first] = client.step()
+        hello = read_client_hello(first)
+        assert hello is not None
+        [second] = client.feed(hello_verify_request(hello, bytes(20)))
+        again = read_client_hello(second)
+        assert again is not None
+        self.client = client
+        self.counters = DtlsCounters()
+        self.engine = DtlsEngine(context or DtlsContext(None), again, limits or DtlsLimits(), self.counters)
+        self.events: list[Event] = self.engine.start(again)
+
+    def feed(self, datagrams: list[bytes]) -> None:
+        for datagram in datagrams:
+            self.events += self.engine.receive(datagram)
+
+    def to_client(self) -> list[bytes]:
+        """Let the client hear what waits; returns its answers."""
+        return [answer for datagram in self.engine.datagrams() for answer in self.client.feed(datagram)]
+
+    def key(self, key: bytes = KEY) -> None:
+        self.events += self.engine.key(PskKey(Secret(key), "the offer"))
+
+    def finish(self, key: bytes = KEY) -> Server:
+        for _ in range(10):
+            self.feed(self.to_client())
+            if isinstance(self.last, IdentityNeeded):
+                self.key(key)
+            if self.client.done or isinstance(self.last, Ended) or self.client.error:
+                break
+        return self
+
+    @property
+    def last(self) -> Event | None:
+        return self.events[-1] if self.events else None
+
+
+def psk_server(key: bytes = KEY, **named: object) -> Server:
+    return Server(Client(psk_client_context(key=key, **named)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def credentials() -> Holder:
+    return make_certificate()
+
+
+def certificate_server(
+    credentials: Holder, holder: Holder | None, suites: bytes = b"ECDHE-ECDSA-AES128-CCM8", **limits: int
+) -> Server:
+    client = Client(certificate_client_context(holder, suites))
+    return Server(client, DtlsContext(credentials.credentials()), DtlsLimits(**limits))
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=bytes.decode)
+def test_a_key_is_asked_for_and_proved_and_data_flow(suite: bytes) -> None:
+    server = psk_server(suites=suite)
+    server.feed(server.to_client())
+    assert server.events == [IdentityNeeded(b"device-1")]
+    assert server.engine.datagrams() == []
+    server.key()
+    assert server.last == Established(PskProven(b"device-1", "the offer"))
+    server.to_client()
+    assert server.client.done
+    for plain in (b"up", b"x" * server.engine.room):
+        server.feed(server.client.send(plain))
+        assert server.last == Received(plain)
+        server.engine.send(plain)
+        [datagram] = server.engine.datagrams()
+        assert len(datagram) <= server.engine.mtu
+        server.client.feed(datagram)
+        assert server.client.plain[-1] == plain
+    with pytest.raises(ValueError, match="there is room for"):
+        server.engine.send(b"x" * (server.engine.room + 1))
+
+
+def both_closes(server: Server) -> Iterator[bool]:
+    server.engine.close()
+    server.to_client()
+    yield server.client.closed
+    server.engine.close()
+    yield server.engine.datagrams() == []
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=bytes.decode)
+def test_either_side_can_close(suite: bytes) -> None:
+    assert all(both_closes(psk_server(suites=suite).finish()))
+    server = psk_server(suites=suite).finish()
+    server.client.connection.shutdown()
+    server.feed(server.client.written())
+    assert server.last == Ended(End.CLOSED_BY_PEER)
+    assert len(server.engine.datagrams()) == 1
+    server.engine.send(b"late")
+    assert server.engine.datagrams() == []
+
+
+@pytest.mark.parametrize(
+    "suite", [b"ECDHE-ECDSA-AES128-CCM8", b"ECDHE-ECDSA-AES128-CCM", b"ECDHE-ECDSA-AES128-GCM-SHA256"]
+)
+def test_a_certificate_of_any_issuer_is_proved(credentials: Holder, suite: bytes) -> None:
+    holder = make_client_certificate(usages=[ExtendedKeyUsageOID.CLIENT_AUTH])
+    server = certificate_server(credentials, holder, suite).finish()
+    assert server.last == Established(CertificateProven(holder.der))
+    server.feed(server.client.send(b"up"))
+    assert server.last == Received(b"up")
+
+
+def test_an_expired_certificate_is_the_applications_to_refuse(credentials: Holder) -> None:
+    holder = make_client_certificate(expired=True)
+    server = certificate_server(credentials, holder).finish()
+    assert server.last == Established(CertificateProven(holder.der))
+
+
+def test_a_client_may_show_nothing(credentials: Holder) -> None:
+    assert certificate_server(credentials, None).finish().last == Established(NothingProven())
+
+
+@pytest.mark.parametrize(
+    ("holder", "fault"),
+    [
+        (lambda: make_client_certificate(usages=[ExtendedKeyUsageOID.SERVER_AUTH]), "not for clients"),
+        (lambda: make_client_certificate(signing=False), "not for signing"),
+        (lambda: make_client_certificate(key=ec.generate_private_key(ec.SECP192R1())), "weak key"),
+        (lambda: make_client_certificate(key=rsa.generate_private_key(65_537, 1024)), "weak key"),
+    ],
+    ids=["server's usage", "no signature", "small curve", "small RSA"],
+)
+def test_a_certificate_that_is_not_for_this_is_refused(credentials: Holder, holder: object, fault: str) -> None:
+    assert callable(holder)
+    server = certificate_server(credentials, holder()).finish()
+    assert server.last == Ended(End.CERTIFICATE)
+    assert server.engine.certificate_fault == fault
+    assert server.client.error is None  # the refusal waits to be sent
+    server.to_client()
+    assert "alert" in str(server.client.error)
+
+
+def test_any_usage_will_do(credentials: Holder) -> None:
+    holder = make_client_certificate(usages=[ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])
+    assert isinstance(certificate_server(credentials, holder).finish().last, Established)
+
+
+def test_one_failed_handshake_never_harms_the_next(credentials: Holder) -> None:
+    context = DtlsContext(credentials.credentials())
+    bad = make_client_certificate(usages=[ExtendedKeyUsageOID.SERVER_AUTH])
+    for _ in range(5):
+        failed = Server(Client(certificate_client_context(bad)), context).finish()
+        assert failed.last == Ended(End.CERTIFICATE)
+        wrong = Server(Client(psk_client_context(key=bytes(32))), context).finish()
+        assert wrong.last == Ended(End.WRONG_KEY)
+        good = Server(Client(certificate_client_context(make_client_certificate())), context).finish()
+        assert isinstance(good.last, Established)
+
+
+def test_dtls_1_0_has_no_handshake() -> None:
+    client = Client(psk_client_context(version=0xFEFF, suites=b"ALL"))
+    [first] = client.step()
+    hello = read_client_hello(first)
+    assert hello is not None
+    assert hello.version == 0xFEFF
+    engine = DtlsEngine(DtlsContext(None), hello, DtlsLimits())
+    assert engine.start(hello) == [Ended(End.HANDSHAKE_FAILED)]
+
+
+def test_a_wrong_key_and_an_unknown_identity_get_the_same_bytes() -> None:
+    """The application gives a random key for an identity that nobody knows."""
+    answers = []
+    for identity in (b"device-1", b"nobody"):
+        server = psk_server(key=bytes(32), identity=identity).finish()
+        assert server.last == Ended(End.WRONG_KEY)
+        answers.append(server.engine.datagrams())
+        server.client.feed(answers[-1][0])
+        assert "bad record mac" in str(server.client.error)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=bytes.decode)
+def test_the_key_of_another_identity_is_never_used(suite: bytes) -> None:
+    server = psk_server(suites=suite)
+    server.feed(server.to_client())
+    assert server.engine.key_of(b"device-1") != KEY
+    server.key()
+    assert server.engine.key_of(b"device-2") != KEY
+
+
+def test_an_identity_with_a_nul_fails_as_a_wrong_key() -> None:
+    """OpenSSL reads up to the NUL, we read all: no key is given for either."""
+    server = psk_server()
+    [flight] = server.to_client()
+    server.feed([flight.replace(b"device-1", b"device\x001")])
+    assert server.events == [IdentityNeeded(b"device\x001")]
+    server.key()
+    assert server.last in (Ended(End.WRONG_KEY), Ended(End.HANDSHAKE_FAILED))
+
+
+def test_datagrams_wait_for_the_key_and_no_more_than_a_few() -> None:
+    server = psk_server()
+    [flight] = server.to_client()
+    cut = split_records(flight)
+    server.feed([flight[record.start : record.end] for record in cut])
+    server.feed([flight] * 100)
+    assert server.events == [IdentityNeeded(b"device-1")]
+    assert server.counters.as_dict()["dropped_held"] > 80
+    server.key()
+    assert isinstance(server.last, Established)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_records_in_any_order_and_doubled_are_never_taken_for_a_wrong_key(order: tuple[int, ...]) -> None:
+    """What OpenSSL discards as too early comes again with the client's retransmission, under new record numbers."""
+    server = psk_server()
+    [flight] = server.to_client()
+    cut = [flight[record.start : record.end] for record in split_records(flight)]
+    server.feed([cut[number] for number in order])
+    server.key()
+    server.feed([flight])
+    assert not any(isinstance(event, Ended) for event in server.events)
+    if not isinstance(server.last, Established):
+        assert order.index(1) < order.index(0)  # ChangeCipherSpec before ClientKeyExchange, as RFC 6347 does not allow
+
+
+def test_no_key_ends_the_handshake_with_an_alert() -> None:
+    server = psk_server()
+    server.feed(server.to_client())
+    server.events += server.engine.key(None)
+    assert server.last == Ended(End.KEY_UNAVAILABLE)
+    server.to_client()
+    assert "internal error" in str(server.client.error)
+
+
+def test_a_key_that_comes_late_does_nothing() -> None:
+    server = psk_server()
+    server.feed(server.to_client())
+    server.engine.close()
+    server.key()
+    assert not any(isinstance(event, Established) for event in server.events)
+    assert server.engine.datagrams() == []
+
+
+def test_a_handshake_has_a_size() -> None:
+    server = psk_server()
+    server.engine.datagrams()
+    old = b"\x01\0\x03\xe8\0\0\0\0\0\0\x03\xe8" + bytes(1000)  # a message from before, which OpenSSL passes over
+    server.feed([b"\x16\xfe\xfd\0\0\0\0\0\0\0\x09" + len(old).to_bytes(2, "big") + old] * 100)
+    assert server.last == Ended(End.HANDSHAKE_OVERSIZED)
+
+
+def test_records_of_the_next_epoch_are_bounded() -> None:
+    server = psk_server()
+    [flight] = server.to_client()
+    early = b"\x16\xfe\xfd\0\1\0\0\0\0\0\x09\0\x20" + bytes(32)
+    server.feed([early * 10] * 30)
+    server.feed([flight])
+    server.key()
+    assert isinstance(server.last, Ended | IdentityNeeded)
+
+
+def test_our_last_flight_is_sent_again_to_a_client_that_missed_it() -> None:
+    server = psk_server()
+    [flight] = server.to_client()
+    server.feed([flight])
+    server.key()
+    [lost] = server.engine.datagrams()
+    # the client's retransmission has new record numbers; OpenSSL's own would take a second
+    server.feed([flight])
+    assert server.engine.datagrams() == [lost]
+    assert server.engine.datagrams() == []
+    server.feed([flight])
+    assert server.engine.datagrams() == []  # the very same record once more is a replay
+    server.client.feed(lost)
+    assert server.client.done
+
+
+def test_what_was_received_is_never_received_again() -> None:
+    server = psk_server().finish()
+    datagrams = [server.client.send(bytes([number]))[0] for number in range(100)]
+    server.feed(datagrams[:64])
+    before = len(server.events)
+    server.feed(datagrams[:64])
+    assert len(server.events) == before
+    server.feed([datagrams[99], datagrams[98], datagrams[64], *datagrams[35:]])
+    assert [event for event in server.events[before:] if isinstance(event, Received)] == [
+        Received(bytes([number])) for number in (99, 98, 64, *range(65, 98))
+    ]
+
+
+def test_a_spoilt_record_is_not_there_and_does_no_harm() -> None:
+    for suite in SUITES:
+        server = psk_server(suites=suite).finish()
+        before = len(server.events)
+        [datagram] = server.client.send(b"good")
+        for at in range(len(datagram)):
+            server.feed([datagram[:at] + bytes([datagram[at] ^ 0x40]) + datagram[at + 1 :], datagram[:at]])
+        assert server.events[before:] == []
+        assert server.engine.datagrams() == []
+        server.feed([datagram])
+        assert server.last == Received(b"good")
+
+
+def test_words_in_the_clear_do_nothing_to_an_open_association() -> None:
+    for suite in SUITES:
+        server = psk_server(suites=suite)
+        [flight] = server.to_client()
+        server.feed([flight])
+        server.key()
+        server.to_client()
+        before = len(server.events)
+        for description in range(256):
+            server.feed([b"\x15\xfe\xfd\0\0\0\0\0\1\0" + bytes([description]) + b"\0\2\2" + bytes([description])])
+            server.feed([b"\x15\xfe\xfd\0\0\0\0\0\1\0" + bytes([description]) + b"\0\2\1\0"])
+        chopped = [flight[record.start : record.end] for record in split_records(flight) if record.epoch == 0]
+        server.feed(chopped)
+        assert server.events[before:] == []
+        server.feed(server.client.send(b"still"))
+        assert server.last == Received(b"still")
+
+
+def recorded(credentials: Holder | None) -> list[list[bytes]]:
+    """The client's flights of one good handshake, with data at its end, each as single records."""
+    client = Client(certificate_client_context(make_client_certificate()) if credentials else psk_client_context())
+    server = Server(client, DtlsContext(credentials.credentials() if credentials else None))
+    flights = []
+    while not client.done:
+        answers = server.to_client()
+        flights.append(answers)
+        server.feed(answers)
+        if isinstance(server.last, IdentityNeeded):
+            server.key()
+        server.to_client()
+    flights.append(client.send(b"data"))
+    return flights
+
+
+@pytest.mark.parametrize("psk", [True, False], ids=["psk", "certificate"])
+def test_every_truncation_of_a_handshake_gives_an_end_or_nothing(credentials: Holder, psk: bool) -> None:
+    """Fed to a fresh association, so keys never match: what comes is an event of the list, never an exception."""
+    context = DtlsContext(credentials.credentials())
+    flights = [datagram for flight in recorded(None if psk else credentials) for datagram in flight]
+    fresh = psk_client_context() if psk else certificate_client_context(None)
+    for datagram in flights:
+        for end in range(0, len(datagram), 1 if psk else 7):
+            server = Server(Client(fresh), context)
+            server.feed([datagram[:end]])
+            if isinstance(server.last, IdentityNeeded):
+                server.key()
+            server.feed([datagram])
+            assert not any(isinstance(event, Established | Received) for event in server.events)
+
+
+def test_random_datagrams_before_and_after_the_handshake_give_nothing(credentials: Holder) -> None:
+    dice = random.Random(5)
+    context = DtlsContext(credentials.credentials())
+
+    def noise() -> bytes:
+        head = bytes((dice.choice((20, 21, 22, 23)),)) + b"\xfe\xfd" + bytes((0, dice.choice((0, 0, 1, 2))))
+        body = dice.randbytes(dice.randrange(0, 80))
+        framed = head + dice.randbytes(6) + len(body).to_bytes(2, "big") + body
+        return dice.choice((framed, framed[: dice.randrange(len(framed) + 1)], dice.randbytes(dice.randrange(100))))
+
+    ended = 0
+    for number in range(150):
+        client = Client(psk_client_context() if number % 2 else certificate_client_context(None))
+        server = Server(client, context)
+        server.feed([noise() for _ in range(20)])
+        ended += any(isinstance(event, Ended) for event in server.events)
+        assert not any(isinstance(event, Established | Received) for event in server.events)
+    assert ended < 150  # most noise has no meaning at all
+    for suite in SUITES:
+        server = psk_server(suites=suite).finish()
+        before = len(server.events)
+        server.feed([noise() for _ in range(500)])
+        assert server.events[before:] == []
+        server.feed(server.client.send(b"still"))
+        assert server.last == Received(b"still")
+
+
+def test_a_flight_fits_the_mtu(credentials: Holder) -> None:
+    server = certificate_server(credentials, make_client_certificate(), mtu=528, fallback_mtu=528)
+    flight = server.engine.datagrams()
+    assert len(flight) > 1
+    assert max(map(len, flight)) <= 528
+
+
+def test_secrets_are_in_no_repr() -> None:
+    server = psk_server().finish()
+    assert KEY.hex() not in repr(server.events)
+    assert "the offer" not in repr(server.events)

@@ -312,6 +312,20 @@ async def test_https_drains_without_waiting_and_mqtt_says_goodbye(site: Site, ve
     assert await payloads(site, device) == [{"n": 1}]
 
 
+async def test_a_drain_of_https_that_runs_out_of_time_cuts_no_websocket(site: Site) -> None:
+    device = await site.device()
+    post = f"POST {BASE}/devices HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
+    async with site.client() as client:
+        await client.connect(device)
+        _, writer = await asyncio.open_connection("127.0.0.1", site.port, ssl=client.context)
+        writer.write(post.encode() + b"{")  # and nothing more, nor will it close
+        await until(lambda: site.https.counters.requests == 2)
+        await site.https.drain(0.0)
+        assert not site.https.connections
+        assert await client.publish("devices/me/telemetry", {"n": 1}) is ReasonCode.SUCCESS
+        writer.transport.abort()
+
+
 async def test_the_store_that_is_slow_stops_the_reading_of_the_socket(api: Api) -> None:
     limits = ServerLimits(machine=MqttLimits(unanswered_messages=4))
     async with serving_site(api, limits=limits) as site:

@@ -257,6 +257,16 @@ class Connection:
         if self._stalled_since is None:
             self._stalled_since = now
 
+    @property
+    def stalled_since(self) -> float | None:
+        """Since when the network takes no more, or since `taking` was told; None while it takes everything."""
+        return self._stalled_since
+
+    def taking(self, now: float) -> None:
+        """The network is full still, but the peer does take what is in it: it is slow, not gone."""
+        if self._stalled_since is not None:
+            self._stalled_since = now
+
     def resume_writing(self, now: float) -> None:
         """The network takes more again."""
         self._stalled_since = None

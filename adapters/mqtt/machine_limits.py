@@ -20,8 +20,8 @@ class MqttLimits:
     client_id_bytes: int = 256  # the protocol asks for 23; people use UUIDs and names
     connect_timeout: float = 10.0  # from the first byte that could be sent to a whole CONNECT
     packet_grace: float = 20.0  # for a packet that has begun, plus the time that its bytes take at
-    min_packet_rate: int = 64  # bytes per second; NB-IoT at its worst does a few hundred
-    write_stall: float = 30.0  # a peer that takes nothing of what we write for this long is cut
+    min_packet_rate: int = 64  # bytes per second, in both directions; NB-IoT at its worst does a few hundred
+    write_stall: float = 20.0  # a peer that takes next to nothing of what we write for this long is cut
     keep_alive: int = 3_600  # asked of clients of 5.0 that want more or none; a dead peer must not stay for ever
     idle: float = 86_400.0  # silence of a client that asked for no keep-alive, or a longer one; 0 allows any
     receive_maximum: int = 256  # incoming QoS 1 and 2 that are not acknowledged; feeds a whole group commit

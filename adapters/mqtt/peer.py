@@ -7,8 +7,8 @@
 
 Theory. Everything runs in the loop's callbacks; only admission and what asks the database are tasks. The one place
 where bytes and events move is `pump`: take events while there are any, write what the machine has to say, again until
-both are silent or the peer's turn is over; then read on or stop reading, as the machine wants it, and set the timer. Answers of the store call
-`poke`, which pumps once for everything that became ready in the same turn of the loop.
+both are silent or the peer's turn is over; then read on or stop reading, as the machine wants it, and set the timer.
+Answers of the store call `poke`, which pumps once for everything that became ready in the same turn of the loop.
 
 What can race: the peer may vanish, or the registry may close the session, while admission waits. `alive` is looked at
 after each wait. What is received after the registry has closed the session is not looked at: nothing of a revoked
@@ -25,7 +25,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from adapters.mqtt.connection import Connection, State
-from adapters.mqtt.machine_events import ConnectRequested, Ended, Event
+from adapters.mqtt.machine_events import Cause, ConnectRequested, Ended, Event
 from adapters.mqtt.wire_reasons import ReasonCode
 from registry.sessions import Session as RegistrySession
 
@@ -50,7 +50,11 @@ class Transport(Protocol):
 
     def resume_reading(self) -> None: ...
 
+    def unsent(self) -> int: ...
+
     def close(self) -> None: ...
+
+    def close_draining(self) -> None: ...
 
     def abort(self) -> None: ...
 
@@ -78,6 +82,7 @@ class Peer(asyncio.Protocol):
         "_pumping",
         "_timer",
         "_timer_at",
+        "_unsent",
         "address",
         "certificate",
         "machine",
@@ -99,6 +104,7 @@ class Peer(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._held_until = 0.0
+        self._unsent = 0  # bytes under way when the network was last known to take something
         self._poked = False
         self._pumping = False
         self._ended: Ended | None = None
@@ -131,6 +137,7 @@ class Peer(asyncio.Protocol):
         return False
 
     def pause_writing(self) -> None:
+        self._unsent = 0 if self.transport is None else self.transport.unsent()
         self.machine.pause_writing(self.server.now())
         self.pump()
 
@@ -250,9 +257,11 @@ class Peer(asyncio.Protocol):
         machine.subscriptions_full = 0
         transport = self.transport
         if machine.closed:
+            # Who is told what was wrong may be sending still: a reset would take our words from it.
+            in_the_middle = self._ended is not None and self._ended.cause in (Cause.VIOLATION, Cause.REFUSED)
             self._finish(now)
             if transport is not None:
-                transport.close()
+                (transport.close_draining if in_the_middle else transport.close)()
             return
         if transport is None:
             return
@@ -310,8 +319,20 @@ class Peer(asyncio.Protocol):
 
     def _tick(self) -> None:
         self._timer = None
-        self.machine.tick(self.server.now())
+        now = self.server.now()
+        self._look_at_slow_reader(now)
+        self.machine.tick(now)
         self.pump()
+
+    def _look_at_slow_reader(self, now: float) -> None:
+        """A peer behind a slow link may take minutes for what fills the buffers in between, and is not to be cut."""
+        since = self.machine.stalled_since
+        if since is None or self.transport is None:
+            return
+        unsent = self.transport.unsent()
+        if self._unsent - unsent >= self.machine.limits.min_packet_rate * (now - since):
+            self._unsent = unsent
+            self.machine.taking(now)
 
     def _failed(self, error: Exception) -> None:
         self.server.counters.failures += 1

@@ -123,6 +123,14 @@ class WebSocket(asyncio.Protocol):
     def close(self) -> None:
         self._close(CloseReason.GOING_AWAY if self._peer.server.draining else CloseReason.NORMAL_CLOSURE, "")
 
+    def close_draining(self) -> None:
+        self._send(self._frames.close(CloseReason.NORMAL_CLOSURE, ""))
+        if self._tls is not None:
+            self._tls.close_draining()
+
+    def unsent(self) -> int:
+        return self._tls.unsent() if self._tls is not None else 0
+
     def abort(self) -> None:
         if self._tls is not None:
             self._tls.abort()

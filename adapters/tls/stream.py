@@ -33,6 +33,9 @@ state. What can be lost: on abort, drop or expiry of the linger time, whatever w
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -47,6 +50,7 @@ from adapters.tls.framing import HANDSHAKE, RecordCounter, RemoteProtocolError
 
 MAX_PLAINTEXT: Final = 16_384  # RFC 8446 §5.1: what one record can carry
 _RECORD_ROOM: Final = 512  # header, tag, padding, and a ticket or alert that leaves together with a small record
+_INT: Final = struct.Struct("i")
 _SLICE: Final = 16_384  # what OpenSSL is fed at a time; its buffer keeps the largest size it ever had
 _PLAINTEXT_PROTOCOLS: Final = frozenset(b"GPHODCTM")  # the first letters of HTTP's methods
 
@@ -215,6 +219,13 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def get_write_buffer_size(self) -> int:
         """Bytes written and not yet taken by the kernel (part of them already encrypted)."""
         return self._queued + (self._raw.get_write_buffer_size() if self._raw is not None else 0)
+
+    def unsent(self) -> int:
+        """Bytes written that the peer has not confirmed, as far as the kernel tells: it falls while a slow peer reads,
+        also when nothing can be seen above the socket."""
+        if self._raw is None:
+            return self._queued
+        return self.get_write_buffer_size() + _in_kernel(self._raw)
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
         limits = self._owner.limits
@@ -565,6 +576,15 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             raw.close()
         else:
             raw.abort()
+
+
+def _in_kernel(raw: asyncio.Transport) -> int:
+    """What the kernel holds of a connection until the peer confirms it: tcp(7), SIOCOUTQ. 0 where it has no word."""
+    try:
+        told = fcntl.ioctl(raw.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(_INT.size))
+    except (OSError, AttributeError):
+        return 0
+    return int(_INT.unpack(told)[0])
 
 
 def _pieces(queue: list[bytes | memoryview]) -> list[memoryview]:

@@ -1003,11 +1003,26 @@ def test_a_peer_that_does_not_read_loses_qos_0_and_keeps_the_rest_and_is_cut_in_
     assert peer.events() == []
     assert peer.gets() == [PINGRESP, Publish("a", b"x", Q1, packet_id=1)]
     peer.connection.pause_writing(2)
-    assert peer.connection.next_timer() == 32
-    peer.connection.tick(31)
+    assert peer.connection.next_timer() == 22
+    peer.connection.tick(21)
     assert not peer.connection.closed
-    peer.connection.tick(32)
+    peer.connection.taking(21)  # slowly, but it does
+    peer.connection.tick(40)
+    assert not peer.connection.closed
+    peer.connection.tick(41)
     assert ended(peer.events()).cause is Cause.TIMEOUT
+
+
+def test_a_flood_of_packets_is_taken_in_turns() -> None:
+    peer = Peer()
+    peer.connects()
+    peer.connection.turn = 2
+    peer.connection.receive(encode(PINGREQ, Version.V5) * 5, 0)
+    for answered in (2, 2, 1):
+        assert peer.connection.next_event(0) is None
+        assert peer.gets() == [PINGRESP] * answered
+        assert peer.connection.behind == (not peer.connection.wants_read) == (answered == 2)
+        peer.connection.turn = 2
 
 
 def test_unwritten_bytes_are_bounded() -> None:

@@ -193,3 +193,60 @@ class UdpTransport(asyncio.DatagramProtocol):
             if self._opened is not None:
                 self._opened(peer)
         self.endpoint.received(association, data)
+
+
+class RawClient(asyncio.DatagramProtocol):
+    """A client of a plain UDP port that says exactly what it is told to, by aiocoap's codec."""
+
+    def __init__(self) -> None:
+        self._received: asyncio.Queue[Message] = asyncio.Queue()
+        self._transport: asyncio.DatagramTransport | None = None
+        self._message_id = 0
+
+    async def start(self, port: int, host: str = "127.0.0.1") -> None:
+        await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, remote_addr=(host, port))
+
+    def stop(self) -> None:
+        assert self._transport is not None
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        self._received.put_nowait(Message.decode(data))
+
+    def sends(self, kind: Type, code: Code, token: bytes = b"", **more: Any) -> int:
+        """Send a message; its id."""
+        self._message_id += 1
+        self.sends_bytes(message(kind, code, self._message_id, token, **more))
+        return self._message_id
+
+    def sends_bytes(self, datagram: bytes) -> None:
+        assert self._transport is not None
+        self._transport.sendto(datagram)
+
+    def acknowledges(self, received: Message) -> None:
+        self.sends_bytes(message(ACK, Code.EMPTY, received.mid))
+
+    def resets(self, received: Message) -> None:
+        self.sends_bytes(message(RST, Code.EMPTY, received.mid))
+
+    async def hears(self) -> Message:
+        """The next message, whatever it is."""
+        return await asyncio.wait_for(self._received.get(), 20)
+
+    async def asks(self, code: Code, token: bytes = b"\1", kind: Type = CON, **more: Any) -> Message:
+        """A request and its prompt answer."""
+        message_id = self.sends(kind, code, token, **more)
+        answer = await self.hears()
+        assert answer.token == token
+        assert answer.mtype == (ACK if kind == CON else NON)
+        assert kind == NON or answer.mid == message_id
+        return answer
+
+    async def hears_nothing(self) -> None:
+        """Nothing was sent before the answer to a ping: on loopback datagrams keep their order."""
+        message_id = self.sends(CON, Code.EMPTY)
+        answer = await self.hears()
+        assert (answer.mtype, answer.mid) == (RST, message_id), answer

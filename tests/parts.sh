@@ -60,12 +60,23 @@ install_node_modules() {
     npm install --prefix "$folder" --no-audit --no-fund --no-save mqtt@5 node-coap-client@2 >&2 || true
 }
 
-# aiocoap speaks DTLS through tinydtls, whose binding exists as source only.
+# aiocoap speaks DTLS through tinydtls, whose binding exists as source only. It is compiled for PSKs of 16 bytes, the key
+# length of AES-128; Gatehouse's have 32, so that limit is raised, and the room for what is derived from them.
 python=.venv/bin/python
 
 install_tinydtls() {
-    [ -x "$python" ] && all_of autoreconf automake gcc make || return 0
-    "$python" -m pip install --quiet --no-input --disable-pip-version-check DTLSSocket==0.2.3 >&2 || true
+    [ -x "$python" ] && all_of autoreconf automake gcc make tar || return 0
+    source=$(mktemp -d)
+    {
+        "$python" -m pip download --quiet --no-input --disable-pip-version-check --no-deps --no-binary DTLSSocket \
+            --dest "$source" DTLSSocket==0.2.3 &&
+            tar -xzf "$source"/*.tar.gz -C "$source" --strip-components=1 &&
+            sed -i -e 's/^#define DTLS_PSK_MAX_KEY_LEN .*/#define DTLS_PSK_MAX_KEY_LEN 32/' \
+                -e 's/(2 \* DTLS_MAC_KEY_LENGTH + 2 \* DTLS_KEY_LENGTH/(2 * 32 + 2 * DTLS_KEY_LENGTH/' \
+                "$source/DTLSSocket/tinydtls/crypto.h" &&
+            "$python" -m pip install --quiet --no-input --disable-pip-version-check "$source"
+    } >&2 || true
+    rm -rf "$source"
 }
 
 python_headers() {  # the package of the interpreter's headers, where they are missing and it can be had

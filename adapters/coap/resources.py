@@ -96,6 +96,14 @@ class _Resource:
     link: Link
     roles: tuple[type[Role], ...]
     """Who is told of it by `/.well-known/core`."""
+    certificate: bool = False
+    """Only devices that came with a certificate are."""
+
+    def shown_to(self, role: Role) -> bool:
+        """Whether this role may use it, and so is told of it."""
+        if self.certificate and isinstance(role, Device) and not role.certificate:
+            return False
+        return isinstance(role, self.roles)
 
 
 class Resources:
@@ -148,6 +156,7 @@ class Resources:
                 {served.method: _by_role(served.serve)},
                 Link(served.path, resource_types=(served.resource_type,), content_formats=served.content_formats),
                 served.roles,
+                certificate=served.method is Code.POST,
             )
         self._command = _Resource({Code.POST: self._answer_command}, Link(("commands", "*")), ())
 
@@ -298,7 +307,7 @@ class Resources:
 
     async def _core(self, asked: Asked) -> Response:
         content_format = formats.wanted(asked.request, LINK_FORMAT)
-        links = [each.link for each in self._resources.values() if isinstance(asked.role, each.roles)]
+        links = [each.link for each in self._resources.values() if each.shown_to(asked.role)]
         return Response(Code.CONTENT, link_format(links, asked.request.query), content_format)
 
 

@@ -1,0 +1,92 @@
+"""EST-coaps (RFC 9148): authorities, suggestions, enrolment and re-enrolment by the certificate of the association."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiocoap.numbers.codes import Code
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+
+from tests.coap_server import Running, serving_coap
+from tests.dtls_peers import certificate_client_context
+from tests.http_api import Api, api  # noqa: F401
+from tests.tls_peers import Holder
+
+PKCS7, ATTRIBUTES, PKCS10, SINGLE = 281, 285, 286, 287
+
+
+@pytest.fixture
+async def coap(api: Api) -> AsyncIterator[Running]:  # noqa: F811
+    async with serving_coap(api) as running:
+        yield running
+
+
+def request(key: ec.EllipticCurvePrivateKey, subject: x509.Name) -> bytes:
+    made = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return made.public_bytes(Encoding.DER)
+
+
+async def holder(coap: Running) -> Holder:
+    """A device that has a certificate of ours."""
+    token = (await coap.post("/devices/registration/tokens", {"name": "Valve"}))["token"]
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = x509.load_der_x509_csr(request(key, x509.Name([]))).public_bytes(Encoding.PEM).decode()
+    made = await coap.post("/devices/provision", {"token": token, "csr": csr})
+    return Holder(x509.load_pem_x509_certificate(made["certificate"].encode()), key)
+
+
+async def test_anybody_reads_the_authorities_and_what_is_suggested(coap: Running) -> None:
+    async with coap.client() as client:
+        chain = await client.get("/.well-known/est/crts")
+        assert (chain.code, chain.content_format) == (Code.CONTENT, PKCS7)
+        certificates = pkcs7.load_der_pkcs7_certificates(chain.payload)
+        root = await client.get("/.well-known/est/crts", accept=SINGLE)
+        assert root.content_format == SINGLE
+        single = x509.load_der_x509_certificate(root.payload)
+        assert single in certificates
+        assert single.subject == single.issuer
+        attributes = await client.get("/.well-known/est/att")
+        assert (attributes.content_format, attributes.payload[:1]) == (ATTRIBUTES, b"0")
+        assert (await client.get("/.well-known/est/crts", accept=50)).code is Code.NOT_ACCEPTABLE
+        csr = request(ec.generate_private_key(ec.SECP256R1()), x509.Name([]))
+        for name in ("sen", "sren"):
+            refused = await client.post(f"/.well-known/est/{name}", csr, PKCS10)
+            assert refused.code is Code.UNAUTHORIZED
+
+
+async def test_a_holder_renews_and_comes_back_with_the_new_one(coap: Running) -> None:
+    old = await holder(coap)
+    fresh = ec.generate_private_key(ec.SECP256R1())
+    async with coap.client(certificate_client_context(old)) as client:
+        stranger = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "another")])
+        wrong = await client.post("/.well-known/est/sren", request(fresh, stranger), PKCS10)
+        assert wrong.code is Code.BAD_REQUEST, "RFC 7030 §4.2.2: the same subject"
+        assert (await client.post("/.well-known/est/sren", b"0\x00", PKCS10)).code is Code.BAD_REQUEST
+        assert (await client.post("/.well-known/est/sren", b"0\x00", 50)).code is Code.UNSUPPORTED_CONTENT_FORMAT
+        csr = request(fresh, old.certificate.subject)
+        renewed = await client.post("/.well-known/est/sren", csr, PKCS10)
+        assert (renewed.code, renewed.content_format) == (Code.CHANGED, PKCS7)
+        [certificate] = pkcs7.load_der_pkcs7_certificates(renewed.payload)
+        again = await client.post("/.well-known/est/sren", csr, PKCS10, accept=SINGLE)
+        assert again.content_format == SINGLE
+        assert x509.load_der_x509_certificate(again.payload) == certificate, "a lost answer harms nobody"
+    assert certificate.subject == old.certificate.subject
+    async with coap.client(certificate_client_context(Holder(certificate, fresh))) as client:
+        assert (await client.post("/telemetry", {"main.t": 1})).code is Code.CHANGED
+        links = (await client.get("/.well-known/core")).payload
+        assert b"/.well-known/est/sren" in links
+
+
+async def test_a_first_name_of_enrolment_takes_any_subject_and_gives_the_registry_s(coap: Running) -> None:
+    old = await holder(coap)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "whatever")])
+    csr: Any = request(ec.generate_private_key(ec.SECP256R1()), subject)
+    async with coap.client(certificate_client_context(old)) as client:
+        enrolled = await client.post("/.well-known/est/sen", csr, PKCS10, accept=SINGLE)
+    assert enrolled.code is Code.CHANGED
+    assert x509.load_der_x509_certificate(enrolled.payload).subject == old.certificate.subject

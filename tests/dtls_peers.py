@@ -329,6 +329,8 @@ class Link:
         self.listener, self.client, self.address = listener, client, address
         self.weather = weather or Weather()
         self.changed = asyncio.Event()
+        self.allowance = 1_000_000
+        """Datagrams that the client sends before it falls silent."""
         self.sent: list[bytes] = []
         self.heard: list[bytes] = []
         self.lost = self.doubled = self.oversized = 0
@@ -359,6 +361,8 @@ class Link:
 
     def out(self, datagrams: Iterable[bytes]) -> None:
         for datagram in datagrams:
+            if len(self.sent) >= self.allowance:
+                return
             self.sent.append(datagram)
             self.travel(datagram, self.to_server)
         if self._timer is not None:

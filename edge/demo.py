@@ -218,24 +218,30 @@ def _for_demo(config: Config) -> Config:
 def _with_free_ports(config: Config) -> tuple[Config, list[str]]:
     """The configuration with free ports where the configured ones are taken, and what to say about it."""
     remarks: list[str] = []
-    https, mqtt, ops = config.https, config.mqtt, config.ops
+    https, mqtt, coap, ops = config.https, config.mqtt, config.coap, config.ops
     if not _is_free(https.host, https.port):
         remarks.append(f"port {https.port} (https) is in use, so a free one was taken")
         https = msgspec.structs.replace(https, port=0)
     if not _is_free(mqtt.host, mqtt.port):
         remarks.append(f"port {mqtt.port} (mqtt) is in use, so a free one was taken")
         mqtt = msgspec.structs.replace(mqtt, port=0)
+    if not _is_free(coap.host, coap.port, socket.SOCK_DGRAM):
+        remarks.append(f"port {coap.port} (coap) is in use, so a free one was taken")
+        coap = msgspec.structs.replace(coap, port=0)
     if not _is_free(ops.host, ops.port):
         remarks.append(f"port {ops.port} (ops) is in use, so a free one was taken")
         ops = msgspec.structs.replace(ops, port=0)
-    return msgspec.structs.replace(config, https=https, mqtt=mqtt, ops=ops), remarks
+    return msgspec.structs.replace(config, https=https, mqtt=mqtt, coap=coap, ops=ops), remarks
 
 
-def _is_free(host: str, port: int) -> bool:
+def _is_free(host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> bool:
     """Whether somebody could listen there now. What cannot be found out is left to the listener to say."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=kind)[0]
         with socket.socket(family, kind, protocol) as probe:
+            if kind is socket.SOCK_DGRAM:  # with SO_REUSEADDR two of them could be bound at once
+                probe.bind(address)
+                return True
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             probe.listen(1)

@@ -40,10 +40,11 @@ class CoapLimits:
     uploads_per_peer: int = 4
     upload_bytes_per_peer: int = 131_072  # two of the largest at once
     upload_bytes: int = 33_554_432  # of all: 512 of the largest, 8,000 CSRs
-    upload_timeout: float = 93.0  # without a new block: MAX_TRANSMIT_WAIT, after which the client has given up, §4.8.2
+    upload_timeout: float = 247.0  # without a new block: the one before and the next may take 45 s each to get through,
+    # and a slow path 100 s (EXCHANGE_LIFETIME, RFC 7252 §4.8.2); what it can hold meanwhile is bounded above
     snapshot_bytes_per_peer: int = 131_072
     snapshot_bytes: int = 33_554_432
-    snapshot_timeout: float = 93.0  # likewise, since the last block was asked for
+    snapshot_timeout: float = 247.0  # likewise, since the last block was asked for
 
     def __post_init__(self) -> None:
         if not 0 <= self.block_exponent <= 6:

@@ -155,9 +155,9 @@ def test_a_block_of_another_size_than_it_says_is_refused(more: bool, payload: by
 def test_an_interrupted_upload_is_forgotten() -> None:
     talk = Dialogue()
     put(talk, 0, True, 6, bytes(1024))
-    talk.passes(92)
+    talk.passes(246)
     put(talk, 1, True, 6, bytes(1024))
-    talk.passes(92)
+    talk.passes(246)
     assert len(talk.memory.uploads) == 1  # each block gives it time again
     talk.passes(2)
     assert (len(talk.memory.uploads), talk.memory.uploads.bytes) == (0, 0)
@@ -280,7 +280,7 @@ def test_when_nothing_is_kept_the_handler_is_asked_again() -> None:
     talk.sends(CON, Code.GET, 1, path="large")
     talk.asked()
     talk.answers(Code.CONTENT, BODY[:2_000])
-    talk.passes(94)
+    talk.passes(248)
     assert talk.memory.snapshots.bytes == 0
     talk.sends(CON, Code.GET, 2, path="large", block2=(1, False, 6))
     talk.asked()

@@ -175,7 +175,7 @@ def build(
     registry = Registry(
         tenants=Tenants(database, clock=clock, random=random),
         operators=_operator_verifier(config, trust),
-        profiles=Profiles(database, clock=clock, random=random),
+        profiles=Profiles(database, clock=clock, random=random, feed=feed),
         devices=Devices(
             database, key_ring=ring, clock=clock, random=random, feed=feed, teardown=teardown, issuer=certificates
         ),

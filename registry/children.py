@@ -144,20 +144,24 @@ class Children:
 
     async def is_child(self, gateway: Identity, device_id: DeviceId) -> bool:
         """Whether the gateway may speak for a device: it is its child, and not inactive. Raises Unavailable."""
-        if self._feed_trusted() and self._gateways.get(device_id) == gateway.device_id:
+        return await self.belongs(gateway.tenant_id, gateway.device_id, device_id)
+
+    async def belongs(self, tenant_id: TenantId, gateway_id: DeviceId, device_id: DeviceId) -> bool:
+        """The same of a gateway that is not connected, as for a will of it. Raises Unavailable."""
+        if self._feed_trusted() and self._gateways.get(device_id) == gateway_id:
             return True
         self.looked_up += 1
         self._reading[device_id] = mark = object()
         async with self._database.connection() as connection:
-            gateway_id = await storage.gateway_of(connection, gateway.tenant_id, device_id)
+            found = await storage.gateway_of(connection, tenant_id, device_id)
         if self._reading.get(device_id) is mark:
             del self._reading[device_id]
-            if gateway_id is not None and self._feed_trusted():
-                self._gateways[device_id] = gateway_id
+            if found is not None and self._feed_trusted():
+                self._gateways[device_id] = found
                 self._gateways.move_to_end(device_id)
                 if len(self._gateways) > self._remembered:
                     self._gateways.popitem(last=False)
-        return gateway_id == gateway.device_id
+        return found == gateway_id
 
     async def via(self, speaker: Identity, device_id: DeviceId) -> DeviceId | None:
         """By whom `speaker` speaks for a device: None for itself, its own id for its child.

@@ -39,6 +39,8 @@ class EventKind(Enum):
     SESSION_KICKED = "session.kicked"
     AUTH_REFUSED = "auth.refused"
     PROVISIONING_REFUSED = "provisioning.refused"
+    PROFILE_UPDATED = "profile.updated"
+    PROFILE_DELETED = "profile.deleted"
     IMPORT_FINISHED = "import.finished"
     CA_ROLLED_OVER = "ca.rolled_over"
     KEY_RING_ROTATED = "key_ring.rotated"

@@ -32,13 +32,15 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 from registry.delivery_progress import DeliveryProgress, Kind, Step
 from registry.errors import RegistryError, Unavailable
-from registry.events import EventKind
+from registry.events import Event, EventKind
 from registry.feed import Seen
+from registry.grant_table import GrantTable
 from registry.message_inbox import MessageInbox
 from registry.message_routes import KEEP_REMOVED_SECONDS, MessageRoutes
 from registry.messaging_limits import DEFAULT_LIMITS, MessagingLimits
@@ -65,7 +67,6 @@ from registry.storage import messaging as storage
 from registry.storage import messaging_routes, messaging_sessions
 from registry.storage.database import Database, is_away
 from registry.stored_sessions import StoredSessions
-from registry.topic_grants import GrantTable
 
 log = logging.getLogger(__name__)
 
@@ -321,12 +322,22 @@ class Messaging:
         async with self._database.connection() as connection:
             return await storage.retained_of_profile(connection, tenant_id, profile_id)
 
+    async def retained_of_device(self, tenant_id: TenantId, device_id: DeviceId) -> list[tuple[DeviceId, str]]:
+        """The same of one device, which may be deleted."""
+        async with self._database.connection() as connection:
+            return await storage.retained_of_device(connection, tenant_id, device_id)
+
     # Offline state, when grants change ----------------------------------------------------------------------------
 
     async def offline_of_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> list[SessionRoute]:
         """Subscriptions of sessions that nobody serves, of devices of a profile. Raises Unavailable."""
         async with self._database.connection() as connection:
             return await messaging_routes.offline_of_profile(connection, tenant_id, profile_id)
+
+    async def offline_of_device(self, tenant_id: TenantId, device_id: DeviceId) -> list[SessionRoute]:
+        """The same of one device."""
+        async with self._database.connection() as connection:
+            return await messaging_routes.offline_of_device(connection, tenant_id, device_id)
 
     async def offline_topics(self, session_id: StoredSessionId) -> list[str]:
         """Topics of the messages that wait in a session's queue and were never sent. Raises Unavailable."""
@@ -354,20 +365,31 @@ class Messaging:
     # The feed's follower ------------------------------------------------------------------------------------------
 
     async def follow(self, seen: Seen) -> None:
-        """Drop what a revocation ended; tell the router of devices that changed."""
+        """Drop what a revocation ended; tell the router of devices and profiles that changed."""
         event = seen.event
+        if event.kind is EventKind.PROFILE_UPDATED and "topic_grants" in _changed(event):
+            profile_id = ProfileId(str(event.data.get("profile_id")))
+            self._spawn(self._regrant(event.tenant_id, profile_id), "messaging grants")
         if event.device_id is None:
             return
         if event.kind in (EventKind.CREDENTIAL_REVOKED, EventKind.DEVICE_DEACTIVATED, EventKind.DEVICE_DELETED):
             self._dropped.add(event.device_id)
             self._spawn(self._drop(), "messaging drop")
-        if event.kind in (EventKind.DEVICE_UPDATED, EventKind.DEVICE_DELETED):
+        moved = event.kind is EventKind.DEVICE_UPDATED and "profile_id" in _changed(event)
+        if moved or event.kind is EventKind.DEVICE_DELETED:
             self.grants.forget_device(event.device_id)
             self._router.device_changed(event.tenant_id, event.device_id)
 
     async def restored(self) -> None:
         """The feed was away; the grants are read again."""
         self.grants.forget_all()
+
+    async def _regrant(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
+        try:
+            await self.grants.reread(tenant_id, profile_id)
+        except Unavailable:
+            return  # the sweep compares what is remembered
+        self._router.grants_changed(tenant_id, profile_id)
 
     async def _drop(self) -> None:
         devices, self._dropped = self._dropped, set()
@@ -508,7 +530,8 @@ class Messaging:
 
     async def _publish_wills(self) -> None:
         async with self._database.connection() as connection:
-            due = await _due_wills(connection, self._clock())
+            stored = await _due_wills(connection, self._clock())
+        due = [(will_id, await self._judged(will_id, publication)) for will_id, publication in stored]
         outcomes = await asyncio.gather(
             *(self._publishing.publish(publication) for _, publication in due), return_exceptions=True
         )
@@ -519,6 +542,10 @@ class Messaging:
                 log.warning("messaging.will_postponed", extra={"fields": {"reason": outcome.code.value}})
                 async with self._database.connection() as connection:
                     await messaging_sessions.postpone_will(connection, will_id, self._clock() + _WILL_RETRY_SECONDS)
+
+    async def _judged(self, will_id: int, publication: Publication) -> Publication:
+        found = await self.grants.of_device(publication.tenant_id, publication.device_id)
+        return replace(publication, origin=PendingWill(will_id, found.grants))
 
     async def _beat(self) -> None:
         async with self._database.connection() as connection:
@@ -564,6 +591,12 @@ class Messaging:
         task.add_done_callback(self._tasks.discard)
 
 
+def _changed(event: Event) -> Sequence[object]:
+    """The names of the fields that an update changed."""
+    changed = event.data.get("changed")
+    return changed if isinstance(changed, list) else ()
+
+
 async def _due_wills(connection: Any, now: float) -> list[tuple[int, Publication]]:
     """Due wills as publications, their message's expiry beginning now."""
     return [
@@ -580,7 +613,6 @@ async def _due_wills(connection: Any, now: float) -> list[tuple[int, Publication
                     row["properties"],
                     None if row["expires_after"] is None else now + row["expires_after"],
                 ),
-                PendingWill(row["will_id"]),
             ),
         )
         for row in await messaging_sessions.due_wills(connection, now, _WILLS)

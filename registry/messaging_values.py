@@ -24,6 +24,7 @@ from typing import Final, NewType, Protocol
 
 from registry.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from registry.model import CredentialId, DeviceId, NodeId, ProfileId, TenantId
+from registry.topic_grants import TopicGrant
 
 StoredSessionId = NewType("StoredSessionId", int)
 """A stored session for as long as it lives; a later session of the same client has another one."""
@@ -91,9 +92,11 @@ class Incoming:
 
 @dataclass(frozen=True, slots=True)
 class PendingWill:
-    """A will whose time has come: it is taken from the store with the commit that publishes it, once."""
+    """A will whose time has come: it is taken from the store with the commit that publishes it, once. `grants`: what
+    its publisher may now; it was judged long ago."""
 
     will_id: int
+    grants: tuple[TopicGrant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,4 +353,4 @@ class Router(Protocol):
         """The topic grants of a profile are other ones now: judge live sessions again, then offline and retained."""
 
     def device_changed(self, tenant_id: TenantId, device_id: DeviceId) -> None:
-        """A device's record changed, perhaps its profile: judge its live sessions again."""
+        """A device has another profile, or is deleted: judge its live sessions again, then offline and retained."""

@@ -4,6 +4,8 @@ A device takes its anchoring mode, tags and config from its profile when it is m
 later change of the profile leaves existing devices as they are. What a profile *allows* (topic grants, short PSKs,
 writable fields) is read when it is needed, so a change of those is felt at once.
 
+So every change of one is an event with the names of the fields that changed: nodes follow it as they do a revocation.
+
 A profile that devices or templates use cannot be deleted; the foreign keys decide, so no race slips past.
 """
 
@@ -17,11 +19,12 @@ from msgspec import UNSET, UnsetType
 
 from registry import fields
 from registry.errors import AlreadyExists, InvalidArgument, NotFound
+from registry.events import EventKind, NewEvent
 from registry.model import Actor, AnchorMode, DeviceProfile, Json, ProfileId, TenantId
 from registry.paging import Listing, Page, decode_cursor, listing
-from registry.ports import Clock
+from registry.ports import Clock, EventHint
 from registry.secrets import RandomBytes
-from registry.storage import audit, profiles
+from registry.storage import audit, events, profiles
 from registry.storage.database import Database
 
 MAX_COMPONENTS = 64
@@ -68,10 +71,11 @@ class ProfileChanges:
 class Profiles:
     """Makes, reads, changes and deletes device profiles of one tenant at a time."""
 
-    def __init__(self, database: Database, *, clock: Clock, random: RandomBytes) -> None:
+    def __init__(self, database: Database, *, clock: Clock, random: RandomBytes, feed: EventHint) -> None:
         self._database = database
         self._clock = clock
         self._random = random
+        self._feed = feed
 
     async def create(self, tenant_id: TenantId, new: NewProfile, actor: Actor) -> DeviceProfile:
         """Raises InvalidArgument, and AlreadyExists when the tenant has a profile of this id."""
@@ -111,15 +115,11 @@ class Profiles:
                 return before
             after = replace(after, updated_at=now)
             await profiles.update(connection, after)
-            await audit.insert(
-                connection,
-                tenant_id,
-                actor,
-                "update",
-                "profile",
-                profile_id,
-                {"changed": fields.differing(before, after)},
-            )
+            changed = fields.differing(before, after)
+            await audit.insert(connection, tenant_id, actor, "update", "profile", profile_id, {"changed": changed})
+            data: dict[str, Json] = {"profile_id": profile_id, "changed": changed}
+            await events.insert(connection, NewEvent(EventKind.PROFILE_UPDATED, tenant_id, actor, data=data))
+        self._feed.hint()
         return after
 
     async def delete(self, tenant_id: TenantId, profile_id: str, actor: Actor) -> None:
@@ -128,6 +128,9 @@ class Profiles:
             if not await profiles.delete(connection, tenant_id, _storable(profile_id)):
                 raise _unknown()
             await audit.insert(connection, tenant_id, actor, "delete", "profile", profile_id)
+            data: dict[str, Json] = {"profile_id": profile_id}
+            await events.insert(connection, NewEvent(EventKind.PROFILE_DELETED, tenant_id, actor, data=data))
+        self._feed.hint()
 
     def _checked(self, tenant_id: TenantId, new: NewProfile) -> DeviceProfile:
         now = self._clock()

@@ -212,7 +212,7 @@ async def running_api(
     registry = Registry(
         tenants=Tenants(database, clock=clock, random=os.urandom),
         operators=OperatorVerifier({issuer.kid: issuer.public}),
-        profiles=Profiles(database, clock=clock, random=os.urandom),
+        profiles=Profiles(database, clock=clock, random=os.urandom, feed=feed),
         devices=Devices(database, teardown=teardown, **shared),
         credentials=credentials,
         templates=Templates(

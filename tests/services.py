@@ -103,7 +103,7 @@ class Services:
         ending: dict[str, Any] = {"key_ring": self.ring, "feed": self.bell, "teardown": self.doors, **told}
         patterns = PatternCache()
         self.tenants = Tenants(database, **told)
-        self.profiles = Profiles(database, **told)
+        self.profiles = Profiles(database, feed=self.bell, **told)
         self.devices = Devices(database, **ending)
         self.credentials = Credentials(database, **ending)
         self.templates = Templates(database, patterns=patterns, **ending)

@@ -19,8 +19,9 @@ session that is not stored gets everything from memory; if it does not keep up w
 Shared subscriptions: each message goes to one member (5.0 §4.8.2). The node that has the message chooses: by turns,
 first among its own that are connected and among other nodes, else a stored one that is away.
 
-Grants are judged when somebody subscribes and publishes, when a stored session is taken up again, and for everything
-there is (live, offline, retained) when a profile's grants change.
+Grants are judged when somebody subscribes and publishes, when a stored session is taken up again, when a will is due,
+and for everything there is (live, offline, retained) when a profile's grants change or a device gets another profile.
+A role is a member of its tenant before it is judged for the last time, so a change either finds it or is found by it.
 
 What can race: a subscription ends while a message for it is on its way; it may still arrive (5.0 §3.10.4 permits it).
 """
@@ -28,7 +29,7 @@ What can race: a subscription ends while a message for it is on its way; it may 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -61,7 +62,7 @@ from adapters.mqtt.session_values import (
 from adapters.mqtt.topics import SharedGroup, Subscriptions, matches
 from adapters.mqtt.wire_packets import QoS
 from adapters.mqtt.wire_reasons import ReasonCode
-from registry.errors import ResourceExhausted, Unavailable
+from registry.errors import RegistryError, ResourceExhausted, Unavailable
 from registry.messaging import Messaging
 from registry.messaging_values import (
     Arrival,
@@ -77,12 +78,14 @@ from registry.messaging_values import (
     Reserved,
     RouteChange,
     Routing,
+    SessionLost,
     SessionRoute,
     StoredSessionId,
     StoredSubscription,
 )
 from registry.messaging_values import Message as StoredMessage
 from registry.model import DeviceId, NodeId, ProfileId, TenantId
+from registry.topic_grants import TopicGrant
 
 if TYPE_CHECKING:
     from adapters.mqtt.device import DeviceRole
@@ -92,6 +95,8 @@ RETAINED_AT_ONCE: Final = 50
 """Retained messages read at a time for a new subscription."""
 ROOM_SECONDS: Final = 5.0
 """How long a retained message waits for its receiver to acknowledge something, before it is looked at again."""
+AGAIN_SECONDS: Final = 1.0
+"""After this, what the database could not do is tried again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,9 +131,14 @@ class _FromHere(Publication):
 @dataclass(slots=True)
 class _Tenant:
     table: Subscriptions[_Key, _Route] = field(default_factory=Subscriptions)
-    members: set[DeviceRole] = field(default_factory=set)
+    members: dict[DeviceId, set[DeviceRole]] = field(default_factory=dict)
+    """Who is connected here, by device."""
     shared: dict[str, SharedGroup[DeviceRole, Subscription]] = field(default_factory=dict)
     """Own members by the text of their shared filter, to take what other nodes relay."""
+
+    def roles(self) -> tuple[DeviceRole, ...]:
+        """All members."""
+        return tuple(role for of_device in self.members.values() for role in of_device)
 
 
 class Broker:
@@ -149,11 +159,11 @@ class Broker:
 
     async def enter(self, role: DeviceRole) -> None:
         """A device with grants, or with inherited subscriptions, is about to be accepted. Raises Unavailable."""
-        self._tenant(role.tenant_id).members.add(role)
-        if role.grants:
-            await self.messaging.follow_tenant(role.tenant_id)
-        for subscription in role.brokered.values():
-            await self._watch(role, subscription)
+        self._tenant(role.tenant_id).members.setdefault(role.own, set()).add(role)
+        await role.judge()  # from now on whoever changes the grants finds it: what it was told before may be old
+        for subscription in tuple(role.mqtt.subscriptions.values()):
+            if isinstance(subscribe_target(subscription.filter, role.own), Brokered):
+                await self._join(role, subscription)
 
     def leave(self, role: DeviceRole) -> None:
         """Its connection is gone."""
@@ -164,31 +174,28 @@ class Broker:
             return
         for subscription in role.brokered.values():
             self._take_out(tenant, role, subscription)
-            self._spawn(self._unwatch(role, subscription))
-        tenant.members.discard(role)
-        if not tenant.members:
-            del self._tenants[role.tenant_id]
-            self.messaging.forget_tenant(role.tenant_id)
+            self._spawn(partial(self._unwatch, role, subscription))
+        role.brokered.clear()
+        of_device = tenant.members.get(role.own, set())
+        of_device.discard(role)
+        if not of_device:
+            tenant.members.pop(role.own, None)
+        self._forget_if_empty(role.tenant_id)
+
+    async def follow(self, role: DeviceRole) -> None:
+        """Have the tenant's routes at hand. Raises Unavailable, and SessionLost where the connection has ended."""
+        await self.messaging.follow_tenant(role.tenant_id)
+        if not self._is_member(role):
+            self._forget_if_empty(role.tenant_id)
+            raise SessionLost
 
     async def subscribe(self, role: DeviceRole, subscriptions: Sequence[Subscription]) -> None:
         """Add or replace granted subscriptions, before SUBACK. Raises SessionLost, Unavailable."""
-        await self.messaging.follow_tenant(role.tenant_id)
         if role.ownership is not None:
             await self.messaging.subscribe(role.ownership, [subscription_to_store(each) for each in subscriptions])
         for subscription in subscriptions:
-            if not isinstance(subscribe_target(subscription.filter, role.own), Brokered):
-                continue  # what comes down from the core is kept with the session, and not brokered
-            before = role.brokered.get(subscription.filter.text)
-            await self._watch(role, subscription)
-            if before is not None:
-                await self._unwatch(role, before)
-            role.brokered[subscription.filter.text] = subscription
-            tenant = self._tenant(role.tenant_id)
-            if role.ownership is None:
-                tenant.table.add(subscription.filter, role, _Local(role, subscription))
-            if subscription.filter.group is not None:
-                group = tenant.shared.setdefault(subscription.filter.text, SharedGroup())
-                group.members[role] = subscription
+            if isinstance(subscribe_target(subscription.filter, role.own), Brokered):
+                await self._join(role, subscription)  # what comes down from the core is kept with the session only
 
     async def unsubscribe(self, role: DeviceRole, subscriptions: Sequence[Subscription]) -> None:
         """Remove subscriptions, before UNSUBACK. Raises SessionLost, Unavailable."""
@@ -196,8 +203,9 @@ class Broker:
             await self.messaging.unsubscribe(role.ownership, [each.filter.text for each in subscriptions])
         for subscription in subscriptions:
             known = role.brokered.pop(subscription.filter.text, None)
-            if known is not None:
-                self._take_out(self._tenant(role.tenant_id), role, known)
+            tenant = self._tenants.get(role.tenant_id)
+            if known is not None and tenant is not None:
+                self._take_out(tenant, role, known)
                 await self._unwatch(role, known)
 
     async def send_retained(self, role: DeviceRole, subscription: Subscription) -> None:
@@ -248,7 +256,7 @@ class Broker:
         tenant = self._tenant(tenant_id)
         if whole:
             tenant.table = Subscriptions()
-            for role in tenant.members:
+            for role in tenant.roles():
                 if role.ownership is None:
                     for subscription in role.brokered.values():
                         tenant.table.add(subscription.filter, role, _Local(role, subscription))
@@ -272,8 +280,7 @@ class Broker:
         if isinstance(publication.origin, PendingWill):
             if reserved(name):
                 return Routing(context=message)  # the will of an uplink's topic: stored as one when it is committed
-            known = self.messaging.grants.remembered(publication.tenant_id, publication.device_id)
-            if known is not None and not may_publish(known.grants, name, publication.device_id):
+            if not may_publish(publication.origin.grants, name, publication.device_id):
                 return None
         plan = self._planned(publication, message)
         recipients = tuple(self._recipient(plan, session_id, kept) for session_id, kept in plan.stored.items())
@@ -323,9 +330,14 @@ class Broker:
 
     def queued(self, ownership: Ownership, queued: QueuedMessage) -> None:
         role = self._owner(ownership)
-        if role is not None:
-            delivery = delivery_of_queued(queued)
-            role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), queued.packet_id))
+        if role is None:
+            return
+        if not role.may_hear(queued.message.topic):  # it was queued elsewhere, and has lost its grant meanwhile
+            role.mqtt.unreserve(queued.packet_id)
+            role.finished(queued.ordinal)
+            return
+        delivery = delivery_of_queued(queued)
+        role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), queued.packet_id))
 
     def arrived(self, arrival: Arrival) -> None:
         tenant = self._tenants.get(arrival.tenant_id)
@@ -359,16 +371,16 @@ class Broker:
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         tenant = self._tenants.get(tenant_id)
-        for role in () if tenant is None else tuple(tenant.members):
+        for role in () if tenant is None else tenant.roles():
             if role.profile_id == profile_id:
                 role.peer.start(self._judge_live(role))
-        self._spawn(self._judge_kept(tenant_id, profile_id))
+        self._spawn(partial(self._judge_profile, tenant_id, profile_id))
 
     def device_changed(self, tenant_id: TenantId, device_id: DeviceId) -> None:
         tenant = self._tenants.get(tenant_id)
-        for role in () if tenant is None else tuple(tenant.members):
-            if role.own == device_id:
-                role.peer.start(self._judge_live(role))
+        for role in () if tenant is None else tuple(tenant.members.get(device_id, ())):
+            role.peer.start(self._judge_live(role))
+        self._spawn(partial(self._judge_device, tenant_id, device_id))
 
     # Planning -------------------------------------------------------------------------------------------------------
 
@@ -523,26 +535,28 @@ class Broker:
     # Grants that change ---------------------------------------------------------------------------------------------
 
     async def _judge_live(self, role: DeviceRole) -> None:
-        found = await self.messaging.grants.of_device(role.tenant_id, role.own)
-        role.grants, role.profile_id = found.grants, found.profile_id
-        gone = [each for each in role.brokered.values() if not may_subscribe(role.grants, each.filter.levels, role.own)]
-        if gone:
-            await self.unsubscribe(role, gone)
-            for subscription in gone:
-                role.mqtt.unsubscribe(subscription.filter.text)
+        try:
+            await role.judge()
+        except SessionLost:
+            role.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
+        except RegistryError:  # nobody stays by grants of yesterday; it is judged when it is back
+            role.peer.end(ReasonCode.SERVER_BUSY, publish_will=False)
 
-        def unwanted(delivery: Delivery) -> bool:
-            name = tuple(delivery.message.topic.split("/"))
-            return delivery.key >= 0 and not reserved(name) and not may_receive(role.grants, name, role.own)
+    async def _judge_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
+        messaging = self.messaging
+        grants = await messaging.grants.grants_of(tenant_id, profile_id)
+        await self._judge_offline(grants, await messaging.offline_of_profile(tenant_id, profile_id))
+        await self._judge_retained(tenant_id, grants, await messaging.retained_of_profile(tenant_id, profile_id))
 
-        for outgoing in role.mqtt.discard_queued(unwanted):
-            role.finished(outgoing.delivery.key)
+    async def _judge_device(self, tenant_id: TenantId, device_id: DeviceId) -> None:
+        messaging = self.messaging
+        grants = (await messaging.grants.of_device(tenant_id, device_id)).grants
+        await self._judge_offline(grants, await messaging.offline_of_device(tenant_id, device_id))
+        await self._judge_retained(tenant_id, grants, await messaging.retained_of_device(tenant_id, device_id))
 
-    async def _judge_kept(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
-        """Offline sessions and retained messages of a profile's devices."""
-        grants = await self.messaging.grants.grants_of(tenant_id, profile_id)
+    async def _judge_offline(self, grants: Sequence[TopicGrant], routes: Sequence[SessionRoute]) -> None:
         offline: dict[tuple[StoredSessionId, DeviceId], list[str]] = {}
-        for route in await self.messaging.offline_of_profile(tenant_id, profile_id):
+        for route in routes:
             filters = offline.setdefault((route.session_id, route.key.device_id), [])
             topic_filter = filter_of(route.subscription.filter)
             if isinstance(subscribe_target(topic_filter, route.key.device_id), Brokered) and not may_subscribe(
@@ -554,7 +568,10 @@ class Broker:
             topics = [topic for topic in waiting if not may_receive(grants, tuple(topic.split("/")), device_id)]
             if filters or topics:
                 await self.messaging.withdraw(session_id, filters=filters, topics=topics)
-        kept = await self.messaging.retained_of_profile(tenant_id, profile_id)
+
+    async def _judge_retained(
+        self, tenant_id: TenantId, grants: Sequence[TopicGrant], kept: Sequence[tuple[DeviceId, str]]
+    ) -> None:
         gone = [topic for device_id, topic in kept if not may_publish(grants, tuple(topic.split("/")), device_id)]
         await self.messaging.forget_retained(tenant_id, gone)
 
@@ -563,9 +580,37 @@ class Broker:
     def _tenant(self, tenant_id: TenantId) -> _Tenant:
         return self._tenants.setdefault(tenant_id, _Tenant())
 
+    def _is_member(self, role: DeviceRole) -> bool:
+        tenant = self._tenants.get(role.tenant_id)
+        return tenant is not None and role in tenant.members.get(role.own, ())
+
+    def _forget_if_empty(self, tenant_id: TenantId) -> None:
+        tenant = self._tenants.get(tenant_id)
+        if tenant is not None and not tenant.members:
+            del self._tenants[tenant_id]
+            self.messaging.forget_tenant(tenant_id)
+
     def _owner(self, ownership: Ownership) -> DeviceRole | None:
         role = self._served.get(ownership.session_id)
         return role if role is not None and role.ownership == ownership else None
+
+    async def _join(self, role: DeviceRole, subscription: Subscription) -> None:
+        """Put a granted subscription where messages find it. Raises SessionLost: the connection has ended meanwhile."""
+        await self.follow(role)
+        await self._watch(role, subscription)
+        if not self._is_member(role):
+            await self._unwatch(role, subscription)
+            raise SessionLost
+        tenant = self._tenant(role.tenant_id)
+        before = role.brokered.get(subscription.filter.text)
+        role.brokered[subscription.filter.text] = subscription
+        if role.ownership is None:
+            tenant.table.add(subscription.filter, role, _Local(role, subscription))
+        if subscription.filter.group is not None:
+            group = tenant.shared.setdefault(subscription.filter.text, SharedGroup())
+            group.members[role] = subscription
+        if before is not None:
+            await self._unwatch(role, before)
 
     def _take_out(self, tenant: _Tenant, role: DeviceRole, subscription: Subscription) -> None:
         if role.ownership is None:
@@ -586,12 +631,15 @@ class Broker:
             role.tenant_id, subscription.filter.text, stored=role.ownership is not None, qos=subscription.qos
         )
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it, however often the database is away meanwhile."""
+
         async def run() -> None:
-            try:
-                await work
-            except Unavailable:
-                pass  # the next change, or the next connection, judges again
+            while True:
+                try:
+                    return await work()
+                except RegistryError:
+                    await asyncio.sleep(AGAIN_SECONDS)
 
         self.server.track(self.server.loop.create_task(run(), name="mqtt broker"))
 

@@ -87,6 +87,7 @@ from registry.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     RegistryError,
     ResourceExhausted,
     Unavailable,
@@ -133,15 +134,16 @@ class Devices:
         client_id = connect.client_id or f"gh-{uuid4().hex}"
         key = (session.tenant_id, session.device_id, client_id)
         async with self._alone(key):
+            if _is_over(peer, session):  # while it waited for its turn
+                return
             role = DeviceRole(self, peer, session, key, grants)
             present = await self._take(role, connect)
             try:
                 await self.broker.enter(role)
-                await role.judge_inherited()
             except BaseException:
                 role.give_up()
                 raise
-            if session.closed or not peer.alive:
+            if _is_over(peer, session):
                 role.give_up()
                 return
             self.by_key[key] = role
@@ -199,28 +201,36 @@ class Devices:
             return True
         return await self.server.registry.children.is_child(session.identity, device_id)
 
-    def publish_will(self, session: RegistrySession, message: Message) -> None:
-        """Publish the will of a session that was not stored: stored as an uplink is, or brokered."""
-        if isinstance(publish_target(parse_name(message.topic), session.device_id), UplinkTopic):
-            self.store_will(session.tenant_id, session.device_id, message)
+    def publish_will(self, role: DeviceRole, message: Message) -> None:
+        """Publish the will of a session that was not stored: stored as an uplink is, or brokered. It was judged when
+        it came, and is judged again."""
+        levels = parse_name(message.topic)
+        if isinstance(publish_target(levels, role.own), UplinkTopic):
+            self.store_will(role.tenant_id, role.own, message)
+        elif may_publish(role.grants, levels, role.own):
+            self.broker.publish_will(role.tenant_id, role.own, message)
         else:
-            self.broker.publish_will(session.tenant_id, session.device_id, message)
+            self.server.counters.wills_lost += 1
 
     def store_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
-        """Store a will on an uplink's topic, as what the device says last. It was judged when it came."""
-        target = publish_target(parse_name(message.topic), device_id)
+        """Store a will on an uplink's topic, as what the device says last, or its gateway for it."""
+        self.server.track(
+            self.server.loop.create_task(self._store_will(tenant_id, device_id, message), name="mqtt will")
+        )
+
+    async def _store_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
+        registry, target = self.server.registry, publish_target(parse_name(message.topic), device_id)
         if not isinstance(target, UplinkTopic):
             return
         via = None if target.device_id == device_id else device_id
-        source = Source(tenant_id, target.device_id, Transport.MQTT, via)
         try:
-            uplink = uplink_of(target, message, source, max_bytes=self.server.limits.payload_bytes)
-            self.server.registry.uplinks.submit(uplink).add_done_callback(self._will_done)
+            if via is not None and not await registry.children.belongs(tenant_id, via, target.device_id):
+                raise PermissionDenied("the child is another gateway's by now")
+            source = Source(tenant_id, target.device_id, Transport.MQTT, via)
+            await registry.uplinks.submit(
+                uplink_of(target, message, source, max_bytes=self.server.limits.payload_bytes)
+            )
         except RegistryError:
-            self.server.counters.wills_lost += 1
-
-    def _will_done(self, done: asyncio.Future[StoredUplink]) -> None:
-        if done.cancelled() or done.exception() is not None:
             self.server.counters.wills_lost += 1
 
     async def _may_will(self, session: RegistrySession, grants: DeviceGrants, will: Will) -> bool:
@@ -261,6 +271,7 @@ class DeviceRole:
         self._retry: asyncio.TimerHandle | None = None
         self._pending: set[asyncio.Future[None]] = set()
         self._moved = asyncio.Event()
+        self._asked = 0
 
     @property
     def ready(self) -> bool:
@@ -276,36 +287,36 @@ class DeviceRole:
         if resumed is None:
             self.mqtt = Session(limits, durable=True)
             return
-        outgoing = [each for each in resumed.outgoing if not each.fresh or self._may_hear_of(each.message.topic)]
-        self.mqtt = Session.restore(snapshot_of(resumed, outgoing), limits)
-        kept = {each.ordinal for each in outgoing}
-        for queued in resumed.outgoing:
-            if queued.ordinal not in kept:
-                self.finished(queued.ordinal)
-        for text, subscription in self.mqtt.subscriptions.items():
-            if isinstance(subscribe_target(subscription.filter, self.own), Brokered):
-                self.brokered[text] = subscription
+        self.mqtt = Session.restore(snapshot_of(resumed), limits)
 
-    async def judge_inherited(self) -> None:
-        """Take away the inherited subscriptions that are not allowed any more. Raises SessionLost, Unavailable."""
+    async def judge(self) -> None:
+        """Take away subscriptions, and messages that wait, that the grants of now do not allow.
+
+        When a session is taken up, and whenever grants change. Raises SessionLost, Unavailable.
+        """
+        self._asked += 1
+        asked = self._asked
+        found = await self.broker.messaging.grants.of_device(self.tenant_id, self.own)
+        if asked == self._asked:  # else somebody asked later, and judges by a fresher answer
+            self.grants, self.profile_id = found.grants, found.profile_id
+        if self.grants:
+            await self.broker.follow(self)
         gone: list[Subscription] = []
-        for subscription in self.mqtt.subscriptions.values():
+        for subscription in tuple({**self.brokered, **self.mqtt.subscriptions}.values()):
             target = subscribe_target(subscription.filter, self.own)
-            match target:
-                case Downlink(device_id):
-                    allowed = await self.owner.speaks_for(self.session, device_id)
-                case Brokered():
-                    allowed = may_subscribe(self.grants, subscription.filter.levels, self.own)
-                case None:
-                    allowed = False
-                case _:
-                    assert_never(target)
-            if not allowed:
+            if target is None or not await self._may_hear(target, subscription.filter):
                 gone.append(subscription)
         if gone:
             await self.broker.unsubscribe(self, gone)
             for subscription in gone:
                 self.mqtt.unsubscribe(subscription.filter.text)
+                target = subscribe_target(subscription.filter, self.own)
+                if isinstance(target, Downlink):
+                    self.downlinks.closed(target)
+        for outgoing in self.mqtt.discard_queued(
+            lambda delivery: delivery.key >= 0 and not self.may_hear(delivery.message.topic)
+        ):
+            self.finished(outgoing.delivery.key)
 
     def connected(self) -> None:
         """CONNACK is on its way."""
@@ -334,7 +345,7 @@ class DeviceRole:
         self._let_go(publish_will=self.mqtt.owes_will)
         for event in self.mqtt.tick(now):
             if isinstance(event, WillDue) and self.ownership is None:
-                self.owner.publish_will(self.session, event.message)
+                self.owner.publish_will(self, event.message)
 
     def _let_go(self, *, publish_will: bool) -> None:
         if self.ownership is None:
@@ -381,7 +392,7 @@ class DeviceRole:
                 self._released(packet_id)
             case WillDue(message):
                 if self.ownership is None:
-                    self.owner.publish_will(self.session, message)
+                    self.owner.publish_will(self, message)
             case SessionEnded():  # only without a connection
                 pass
             case ConnectRequested() | Ended():
@@ -433,7 +444,8 @@ class DeviceRole:
         except TimeoutError:
             pass
 
-    def _may_hear_of(self, topic: str) -> bool:
+    def may_hear(self, topic: str) -> bool:
+        """Whether the grants of now let it have a brokered message."""
         return may_receive(self.grants, tuple(topic.split("/")), self.own)
 
     # Publishing -----------------------------------------------------------------------------------------------------
@@ -686,42 +698,43 @@ class DeviceRole:
     ) -> None:
         judged: list[Downlink | Brokered | None] = []
         granted: list[Subscription] = []
-        for request, topic_filter, target in zip(requests, filters, targets, strict=True):
-            allowed = target is not None and await self._may_hear(target, topic_filter)
-            judged.append(target if allowed else None)
-            if allowed and target is not None:
-                qos = _granted_qos(request, target)
-                granted.append(
-                    Subscription(
-                        topic_filter,
-                        qos,
-                        request.no_local,
-                        request.retain_as_published,
-                        request.retain_handling,
-                        identifier,
-                    )
-                )
         try:
+            for request, topic_filter, target in zip(requests, filters, targets, strict=True):
+                if target is None or not await self._may_hear(target, topic_filter):
+                    judged.append(None)
+                    continue
+                judged.append(target)
+                granted.append(_subscription(request, topic_filter, target, identifier))
             if granted:
                 await self.broker.subscribe(self, granted)
+            judged = [await self._still_granted(each, target) for each, target in zip(filters, judged, strict=True)]
         except SessionLost:
             self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
             return
-        except RegistryError:  # nothing is subscribed that is not certain; the client asks again
-            failed = [ReasonCode.UNSPECIFIED_ERROR] * len(requests)
-            self.peer.machine.subscribed(packet_id, failed, self.server.now())
+        except RegistryError:  # what stands is not known; the client asks again
+            self.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
             return
         self._subscribed(packet_id, requests, judged, self.server.now())
 
+    async def _still_granted(
+        self, topic_filter: Filter, target: Downlink | Brokered | None
+    ) -> Downlink | Brokered | None:
+        """The target, unless its grant was taken away while it was being written down. Raises as `judge`."""
+        if not isinstance(target, Brokered):
+            return target
+        added = self.brokered.get(topic_filter.text)
+        if added is None or may_subscribe(self.grants, topic_filter.levels, self.own):
+            return None if added is None else target
+        await self.broker.unsubscribe(self, (added,))
+        return None
+
     async def _may_hear(self, target: Downlink | Brokered, topic_filter: Filter) -> bool:
+        """Whether the grants of now, or the children, allow a filter. Raises Unavailable."""
         match target:
             case Brokered():
                 return may_subscribe(self.grants, topic_filter.levels, self.own)
             case Downlink(device_id):
-                try:
-                    return await self.owner.speaks_for(self.session, device_id)
-                except RegistryError:  # who cannot be asked for is not heard; the client asks again
-                    return False
+                return await self.owner.speaks_for(self.session, device_id)
             case _:
                 assert_never(target)
 
@@ -786,6 +799,10 @@ def source_of(session: RegistrySession, device_id: DeviceId) -> Source:
     return Source(session.tenant_id, device_id, Transport.MQTT, via=session.device_id)
 
 
+def _is_over(peer: Peer, session: RegistrySession) -> bool:
+    return session.closed or not peer.alive
+
+
 def note_refusal(server: MqttServer, session: RegistrySession, reason: str) -> None:
     """Keep for the operator what a device tried and may not; repetitions are counted together."""
     server.registry.refusals.note(
@@ -795,6 +812,19 @@ def note_refusal(server: MqttServer, session: RegistrySession, reason: str) -> N
         reason=reason,
         contact=session.contact,
         detail={"credential_id": str(session.identity.credential_id)},
+    )
+
+
+def _subscription(
+    request: SubscriptionRequest, topic_filter: Filter, target: Downlink | Brokered, identifier: int | None
+) -> Subscription:
+    return Subscription(
+        topic_filter,
+        _granted_qos(request, target),
+        request.no_local,
+        request.retain_as_published,
+        request.retain_handling,
+        identifier,
     )
 
 

@@ -6,7 +6,6 @@ into bytes that come back as they were. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -95,12 +94,12 @@ def delivery_of_queued(queued: stored.QueuedMessage) -> Delivery:
     )
 
 
-def snapshot_of(kept: stored.StoredSession, outgoing: Sequence[stored.QueuedMessage]) -> Snapshot:
-    """A kept session, with these of its messages, as the machine continues it."""
+def snapshot_of(kept: stored.StoredSession) -> Snapshot:
+    """A kept session as the machine continues it."""
     return Snapshot(
         tuple(subscription_from_store(each) for each in kept.subscriptions),
         kept.incoming,
-        tuple(Outgoing(each.packet_id, delivery_of_queued(each), _phase(each)) for each in outgoing),
+        tuple(Outgoing(each.packet_id, delivery_of_queued(each), _phase(each)) for each in kept.outgoing),
         kept.expiry,
     )
 

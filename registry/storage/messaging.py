@@ -468,6 +468,18 @@ async def retained_of_profile(
     return [(row["device_id"], row["topic"]) for row in rows]
 
 
+async def retained_of_device(
+    connection: Connection, tenant_id: TenantId, device_id: DeviceId
+) -> list[tuple[DeviceId, str]]:
+    """Retained topics that a device published."""
+    rows = await connection.fetch(
+        "SELECT topic FROM messaging_retained WHERE tenant_id = $1 AND device_id = $2 ORDER BY topic",
+        tenant_id,
+        device_id,
+    )
+    return [(device_id, row["topic"]) for row in rows]
+
+
 # Upkeep.
 
 

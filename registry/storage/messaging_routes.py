@@ -20,7 +20,7 @@ from registry.messaging_values import (
     StoredSessionId,
     StoredSubscription,
 )
-from registry.model import NodeId, TenantId
+from registry.model import DeviceId, NodeId, TenantId
 from registry.storage.database import Connection
 
 
@@ -83,14 +83,23 @@ async def offline_of_profile(connection: Connection, tenant_id: TenantId, profil
         tenant_id,
         profile_id,
     )
-    return [
-        SessionRoute(
-            row["session_id"],
-            SessionKey(row["tenant_id"], row["device_id"], row["client_id"]),
-            _subscription(row),
-        )
-        for row in rows
-    ]
+    return [_session_route(row) for row in rows]
+
+
+async def offline_of_device(connection: Connection, tenant_id: TenantId, device_id: DeviceId) -> list[SessionRoute]:
+    """The same of one device."""
+    rows = await connection.fetch(
+        """
+        SELECT r.tenant_id, r.session_id, r.device_id, r.client_id, r.filter, r.qos, r.no_local, r.retain_as_published,
+               r.retain_handling, r.identifier
+        FROM messaging_session s JOIN messaging_route r ON r.session_id = s.session_id AND r.removed_at IS NULL
+        WHERE s.tenant_id = $1 AND s.device_id = $2 AND s.node_id IS NULL
+        ORDER BY r.session_id, r.version
+        """,
+        tenant_id,
+        device_id,
+    )
+    return [_session_route(row) for row in rows]
 
 
 async def raise_versions(connection: Connection, tenants: Collection[TenantId]) -> dict[TenantId, int]:
@@ -265,8 +274,12 @@ async def prune(connection: Connection, seconds: float, limit: int) -> int:
 def _change(row: Record) -> RouteChange:
     if row["session_id"] is None:
         return RouteChange(NodeRoute(row["node_id"], row["filter"], row["stored"], row["qos"]), row["removed"])
+    return RouteChange(_session_route(row), row["removed"])
+
+
+def _session_route(row: Record) -> SessionRoute:
     key = SessionKey(row["tenant_id"], row["device_id"], row["client_id"])
-    return RouteChange(SessionRoute(row["session_id"], key, _subscription(row)), row["removed"])
+    return SessionRoute(row["session_id"], key, _subscription(row))
 
 
 def _subscription(row: Record) -> StoredSubscription:

@@ -9,10 +9,11 @@ import pytest
 
 from registry.events import Event, EventKind, Position
 from registry.feed import Seen
+from registry.grant_table import GrantTable
 from registry.messaging_values import SessionKey
 from registry.model import DeviceId, Json, ProfileId, TenantId
 from registry.storage.database import Database
-from registry.topic_grants import NO_GRANTS, Access, GrantTable, TopicGrant, judge, parse_grants
+from registry.topic_grants import NO_GRANTS, Access, TopicGrant, judge, parse_grants
 from tests.conftest import MakeDevice
 from tests.messaging_brokers import Broker, Seconds, broker_on
 from tests.nodes import now
@@ -141,7 +142,8 @@ async def test_the_feed_forgets_devices_and_drops_what_was_revoked(
     async with database.connection() as connection:
         await connection.execute("UPDATE device SET status = 'inactive' WHERE device_id = $1", device_id)
     for kind in (EventKind.DEVICE_UPDATED, EventKind.DEVICE_DEACTIVATED):
-        event = Event(Position(1, 1), device_id, kind.value, tenant_id, now(), device_id, None, None, "x", "c", {})
+        changed = {"changed": ["profile_id"]}
+        event = Event(Position(1, 1), device_id, kind.value, tenant_id, now(), device_id, None, None, "x", "c", changed)
         await broker.messaging.follow(Seen(event, True, 0.0))
     assert broker.messaging.grants.remembered(tenant_id, device_id) is None
     await broker.messaging.settled()

@@ -6,8 +6,7 @@ Every device here has a profile that grants `site/#`, and `vault/#` without `vau
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
@@ -16,47 +15,19 @@ from adapters.mqtt.properties import Properties
 from adapters.mqtt.wire_packets import Ack, Disconnect, Publish, QoS, Subscribe, SubscriptionRequest, Will
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
 from tests.http_api import BASE, Api, api, running_api
-from tests.mqtt_server import Client, Device, Running, serving_mqtt
+from tests.mqtt_devices import KEEP, devices, regrant, silent
+from tests.mqtt_server import Device, Running, serving_mqtt
 from tests.nodes import until
 
 __all__ = ["api"]
 
 VERSIONS = pytest.mark.parametrize("version", list(Version), ids=["3.1.1", "5.0"])
-GRANTS: list[dict[str, Any]] = [
-    {"filter": "site/#", "allow": ["publish", "subscribe"]},
-    {"filter": "own/me/#", "allow": ["publish", "subscribe"]},
-    {"filter": "vault/#", "allow": ["publish", "subscribe"]},
-    {"filter": "vault/secret/#", "deny": ["publish", "subscribe"]},
-    {"filter": "vault/read/#", "deny": ["publish"]},
-]
-KEEP = Properties(session_expiry_interval=3600)
 
 
 @pytest.fixture
 async def mqtt(api: Api) -> AsyncIterator[Running]:
     async with serving_mqtt(api) as running:
         yield running
-
-
-async def profile(mqtt: Running, grants: Sequence[dict[str, Any]], profile_id: str = "p_site") -> str:
-    async with mqtt.api.operator() as operator:
-        body = {"name": "Site", "profile_id": profile_id, "topic_grants": list(grants)}
-        answer = await operator.post(f"{BASE}/profiles", json=body)
-    assert answer.status_code == 201, answer.text
-    return profile_id
-
-
-async def devices(mqtt: Running, count: int) -> list[Device]:
-    granted = await profile(mqtt, GRANTS)
-    return [await mqtt.device(f"HW-{n}", profile_id=granted) for n in range(count)]
-
-
-async def silent(client: Client) -> None:
-    """Nothing comes: whatever was on its way would be before the answer to a ping."""
-    from adapters.mqtt.wire_packets import Ping
-
-    await client.send(Ping(PacketType.PINGREQ))
-    assert isinstance(await client.packet(), Ping)
 
 
 @VERSIONS
@@ -282,9 +253,7 @@ async def test_grants_that_are_taken_away_end_live_offline_and_retained_state(mq
         await until(lambda: not mqtt.server.devices.leaving)
         await sender.publish("site/a", b"before", retain=True)
         assert (await receiver.message()).payload == b"before"
-        async with mqtt.api.operator() as operator:
-            answer = await operator.put(f"{BASE}/profiles/p_site", json={"topic_grants": []})
-            assert answer.status_code == 200, answer.text
+        await regrant(mqtt, [])
         await until(lambda: all(not role.brokered for role in mqtt.server.devices.by_key.values()))
         assert await sender.publish("site/a", b"after") is ReasonCode.NOT_AUTHORIZED
         await silent(receiver)

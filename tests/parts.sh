@@ -5,7 +5,7 @@
 set -eu
 
 # A part is: name, and in the functions below how it is found, its Debian package, what is not tested without it.
-parts="curl libcoap mosquitto mosquitto-clients mqtt.js node-coap-client openssl postgresql tinydtls wrk"
+parts="curl libcoap mosquitto-clients mqtt.js openssl postgresql wrk"
 
 found() {
     case $1 in
@@ -13,9 +13,6 @@ found() {
         mosquitto-clients) command -v mosquitto_rr >/dev/null 2>&1 ;;
         libcoap) all_of coap-client-openssl coap-client-gnutls coap-server-openssl ;;
         mqtt.js) [ -d "$node_modules/mqtt" ] && command -v node >/dev/null 2>&1 ;;
-        node-coap-client) [ -d "$node_modules/node-coap-client" ] && command -v node >/dev/null 2>&1 ;;
-        tinydtls) "$python" -c 'import DTLSSocket' >/dev/null 2>&1 ;;
-        mosquitto) command -v mosquitto >/dev/null 2>&1 || [ -x /usr/sbin/mosquitto ] ;;
         *) command -v "$1" >/dev/null 2>&1 ;;
     esac
 }
@@ -36,10 +33,7 @@ all_of() {
 
 without() {
     case $1 in
-        libcoap) echo "CoAP over DTLS as libcoap speaks it; \`make bench\` then has no rival for CoAP" ;;
-        mosquitto) echo "nothing; \`make bench\` then has no rival for MQTT" ;;
-        node-coap-client) echo "CoAP over DTLS as a JavaScript client speaks it (needs node and npm)" ;;
-        tinydtls) echo "CoAP over DTLS as aiocoap's client speaks it (DTLSSocket; needs autoconf, automake, gcc and Python's headers)" ;;
+        libcoap) echo "CoAP over DTLS as libcoap speaks it" ;;
         mosquitto-clients) echo "MQTT as mosquitto's programs speak it" ;;
         mqtt.js) echo "MQTT as MQTT.js speaks it (needs node and npm)" ;;
         curl) echo "the walks through the seeds by curl" ;;
@@ -52,37 +46,11 @@ without() {
 # Node's modules are kept outside the tree, in a cache that every checkout of this user shares.
 node_modules=${GATEHOUSE_TEST_NODE_MODULES:-${XDG_CACHE_HOME:-$HOME/.cache}/gatehouse-tests/node_modules}
 
-# In one call, because npm removes what an earlier call without --save has brought.
-install_node_modules() {
+install_mqtt_js() {
     command -v npm >/dev/null 2>&1 && command -v node >/dev/null 2>&1 || return 0
     folder=$(dirname "$node_modules")
     mkdir -p "$folder" || return 0
-    npm install --prefix "$folder" --no-audit --no-fund --no-save mqtt@5 node-coap-client@2 >&2 || true
-}
-
-# aiocoap speaks DTLS through tinydtls, whose binding exists as source only. It is compiled for PSKs of 16 bytes, the key
-# length of AES-128; Gatehouse's have 32, so that limit is raised, and the room for what is derived from them.
-python=.venv/bin/python
-
-install_tinydtls() {
-    [ -x "$python" ] && all_of autoreconf automake gcc make tar || return 0
-    source=$(mktemp -d)
-    {
-        "$python" -m pip download --quiet --no-input --disable-pip-version-check --no-deps --no-binary DTLSSocket \
-            --dest "$source" DTLSSocket==0.2.3 &&
-            tar -xzf "$source"/*.tar.gz -C "$source" --strip-components=1 &&
-            sed -i -e 's/^#define DTLS_PSK_MAX_KEY_LEN .*/#define DTLS_PSK_MAX_KEY_LEN 32/' \
-                -e 's/(2 \* DTLS_MAC_KEY_LENGTH + 2 \* DTLS_KEY_LENGTH/(2 * 32 + 2 * DTLS_KEY_LENGTH/' \
-                "$source/DTLSSocket/tinydtls/crypto.h" &&
-            "$python" -m pip install --quiet --no-input --disable-pip-version-check "$source"
-    } >&2 || true
-    rm -rf "$source"
-}
-
-python_headers() {  # the package of the interpreter's headers, where they are missing and it can be had
-    "$python" -c 'import os, sys, sysconfig
-sys.exit(os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' 2>/dev/null || return 0
-    "$python" -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])'
+    npm install --prefix "$folder" --no-audit --no-fund --no-save mqtt@5 >&2 || true
 }
 
 # The tests start their own servers, so the programs do; no cluster is needed. psql alone is not enough.
@@ -127,31 +95,11 @@ install_missing() {
         echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
     fi
     for part in "$@"; do
-        case $part in
-            mqtt.js | node-coap-client) ;;
-            tinydtls)
-                # shellcheck disable=SC2046  # none or one word
-                apt install --no-install-recommends autoconf automake gcc libc6-dev make $(python_headers) && install_tinydtls || true
-                ;;
-            mosquitto) without_starting apt install --no-install-recommends mosquitto || true ;;
-            *) apt install --no-install-recommends "$(package "$part")" || true ;;
-        esac
+        [ "$part" = mqtt.js ] || apt install --no-install-recommends "$(package "$part")" || true
     done
 }
 
-# Installing a server must not start it, now or when the machine starts: the tests start their own, on ports of their own.
-without_starting() {
-    policy=/usr/sbin/policy-rc.d
-    [ -e "$policy" ] && policy= || { printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"; }
-    status=0
-    "$@" || status=$?
-    [ -z "$policy" ] || rm -f "$policy"
-    if command -v systemctl >/dev/null 2>&1; then systemctl --quiet disable mosquitto >/dev/null 2>&1 || true; fi
-    return $status
-}
-
-{ found mqtt.js && found node-coap-client; } || install_node_modules
-found tinydtls || install_tinydtls
+found mqtt.js || install_mqtt_js
 absent=$(missing)
 if [ -n "$absent" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     # shellcheck disable=SC2086  # one word per part

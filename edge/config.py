@@ -239,7 +239,7 @@ class Coap(Section, frozen=True, kw_only=True):
         ),
     ] = 256
     associations: Annotated[
-        int, Meta(ge=1, le=10_000_000, description="DTLS associations, about 70 KB each; 20,000 take 1.4 GB.")
+        int, Meta(ge=1, le=10_000_000, description="DTLS associations, 3 to 7 KB each beside their sessions.")
     ] = 20_000
     associations_per_address: Annotated[
         int,

@@ -5,11 +5,12 @@
 set -eu
 
 # A part is: name, and in the functions below how it is found, its Debian package, what is not tested without it.
-parts="curl libcoap mosquitto-clients mqtt.js openssl postgresql wrk"
+parts="curl libcoap mosquitto mosquitto-clients mqtt.js openssl postgresql wrk"
 
 found() {
     case $1 in
         postgresql) installed_postgres ;;
+        mosquitto) command -v mosquitto >/dev/null 2>&1 || [ -x /usr/sbin/mosquitto ] ;;
         mosquitto-clients) command -v mosquitto_rr >/dev/null 2>&1 ;;
         libcoap) all_of coap-client-openssl coap-client-gnutls coap-server-openssl ;;
         mqtt.js) [ -d "$node_modules/mqtt" ] && command -v node >/dev/null 2>&1 ;;
@@ -33,7 +34,8 @@ all_of() {
 
 without() {
     case $1 in
-        libcoap) echo "CoAP over DTLS as libcoap speaks it" ;;
+        libcoap) echo "CoAP over DTLS as libcoap speaks it; \`make bench\` then has no rival for CoAP" ;;
+        mosquitto) echo "nothing; \`make bench\` then has no rival for MQTT" ;;
         mosquitto-clients) echo "MQTT as mosquitto's programs speak it" ;;
         mqtt.js) echo "MQTT as MQTT.js speaks it (needs node and npm)" ;;
         curl) echo "the walks through the seeds by curl" ;;
@@ -95,8 +97,29 @@ install_missing() {
         echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
     fi
     for part in "$@"; do
-        [ "$part" = mqtt.js ] || apt install --no-install-recommends "$(package "$part")" || true
+        case $part in
+            mqtt.js) ;;
+            mosquitto) without_starting apt install --no-install-recommends mosquitto || true ;;
+            *) apt install --no-install-recommends "$(package "$part")" || true ;;
+        esac
     done
+}
+
+# Installing a server must not start it, now or when the machine starts: the tests start their own, on ports of their
+# own. Debian asks policy-rc.d before it starts a service; one that is there already stays as it is, and is asked.
+without_starting() {
+    policy=/usr/sbin/policy-rc.d
+    if [ -e "$policy" ]; then policy=; else
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+        trap 'rm -f "$log" "$policy"' EXIT
+    fi
+    status=0
+    "$@" || status=$?
+    [ -z "$policy" ] || rm -f "$policy"
+    trap 'rm -f "$log"' EXIT
+    if command -v systemctl >/dev/null 2>&1; then systemctl --quiet disable mosquitto >/dev/null 2>&1 || true; fi
+    return $status
 }
 
 found mqtt.js || install_mqtt_js

@@ -22,7 +22,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +35,7 @@ from edge import logs
 from edge.api_client import BASE, ConnectionClosed
 from edge.commands import cli_actor, sign_token
 from edge.config import Config
+from edge.demo_coap import HandshakeFailed
 from edge.demo_steps import STEPS, Held, Site, Story, Unexpected
 from edge.serve import Server
 from edge.stop_signals import StopSignals
@@ -69,12 +70,12 @@ async def tell(config: Config, *, once: bool) -> int:
             for remark in remarks:
                 stage.fact("", remark)
             stage.fact("started in", f"{time.perf_counter() - since:.1f} s")
-            site = await _site(config, ports["https"])
+            site = await _site(config, ports)
             stage.fact("the API", site.base)
             story = Story(site, stage, secrets.token_hex(3).upper())
             try:
                 await asyncio.to_thread(story.tell)
-            except (Unexpected, ConnectionClosed, OSError, KeyError) as error:
+            except (Unexpected, ConnectionClosed, HandshakeFailed, OSError, KeyError) as error:
                 complain(
                     f"the demo failed in step {stage.number}: {_reason(error)} (log: {config.data_dir / 'demo.log'})"
                 )
@@ -198,7 +199,7 @@ def _own_command() -> str:
     return shlex.quote(str(beside))
 
 
-async def _site(config: Config, port: int) -> Site:
+async def _site(config: Config, ports: Mapping[str, int]) -> Site:
     """The tenant, made at the first run, and a token of its administrator."""
     async with open_registry(config, environ=os.environ) as core:
         try:
@@ -207,7 +208,14 @@ async def _site(config: Config, port: int) -> Site:
             tenant = await core.registry.tenants.create("Demo", TENANT_SLUG, cli_actor())
         lifetime = min(TOKEN_LIFETIME, timedelta(seconds=config.security.operator_token_max_seconds))
         token = sign_token(config, core, tenant, Role.TENANT_ADMIN, frozenset(), lifetime, "demo operator")
-    return Site(_reachable(config.https.host), port, config.data_dir / "ca-chain.pem", token)
+    return Site(
+        _reachable(config.https.host),
+        ports["https"],
+        config.data_dir / "ca-chain.pem",
+        token,
+        _reachable(config.coap.host),
+        ports["coap"],
+    )
 
 
 def _for_demo(config: Config) -> Config:

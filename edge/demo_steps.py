@@ -6,6 +6,7 @@ A later step may use what an earlier one left in `story.devices`. New protocols 
 
 from __future__ import annotations
 
+import base64
 import os
 import tempfile
 import threading
@@ -15,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from aiocoap.numbers.codes import Code
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from edge.api_client import BASE, Answer, ApiClient
+from edge.demo_coap import CoapDevice, HandshakeFailed
 
 CLOSE_SECONDS = 10.0
 """How long the demo waits for a revoked connection to be closed; it is closed in milliseconds."""
@@ -54,6 +57,8 @@ class Site:
     port: int
     ca_chain: Path
     operator_token: str = field(repr=False)
+    coap_host: str
+    coap_port: int
 
     @property
     def base(self) -> str:
@@ -347,6 +352,46 @@ def come_with_an_own_key(story: Story) -> None:
     _explain(story, Held(token["device_id"], f"PUMP-{story.run_id}", ""))
 
 
+def live_over_coap(story: Story) -> None:
+    """A constrained device: a PSK, CBOR, datagrams; and its end while it is connected."""
+    hardware_id = f"METER-{story.run_id}"
+    body = {"name": "Heat meter", "hardware_id": hardware_id, "credential_type": "psk", "config": {"interval_s": 60}}
+    made = story.ask("POST", "/devices", body, expect=201)
+    psk, device_id = made["psk"], made["device_id"]
+    key = base64.urlsafe_b64decode(psk["key"] + "=")
+    story.note(f"identity {psk['identity']}, a key of {len(key)} bytes, shown once")
+    with CoapDevice(story.site.coap_host, story.site.coap_port, psk["identity"], key) as device:
+
+        def ask(method: Code, path: str, value: object, expect: Code) -> Any:
+            since = time.perf_counter()
+            code, answer = device.ask(method, path, value)
+            require(code is expect, f"{method.name} {path} was answered {code.dotted}, not {expect.dotted}")
+            story.narrator.exchange(
+                f"CoAP {method.name} {path}", f"{code.dotted}", 1000 * (time.perf_counter() - since)
+            )
+            return answer
+
+        ask(Code.POST, "/telemetry", {"flow": 0.42}, Code.CHANGED)
+        config = ask(Code.GET, "/config", None, Code.CONTENT)
+        require(config["config"] == {"interval_s": 60}, f"the configuration is {config}")
+        readings = story.ask("GET", f"/devices/{device_id}/readings", expect=200)["readings"]
+        require([each["value"] for each in readings] == [0.42], "the reading is not stored")
+        story.note("over DTLS with a PSK; 2.04 means stored")
+        path = f"/devices/{device_id}/credentials/{made['credential_id']}"
+        receipt = story.ask("DELETE", path, expect=200)
+        require(len(receipt["sessions"]) == 1, f"the receipt names {len(receipt['sessions'])} sessions, not 1")
+        require(receipt["remaining"] == 0, f"{receipt['remaining']} sessions remain")
+        require(device.closed_by_server(CLOSE_SECONDS) is not None, "the association was not closed")
+        story.note(f"revoked: close_notify {receipt['sessions'][0]['closed_after_ms']:.1f} ms later")
+    try:
+        CoapDevice(story.site.coap_host, story.site.coap_port, psk["identity"], key).__exit__(None, None, None)
+    except HandshakeFailed:
+        story.note("its next handshake fails, exactly as with a wrong key")
+    else:
+        raise Unexpected("a revoked key was taken")
+    _explain(story, Held(device_id, hardware_id, ""))
+
+
 def _explain(story: Story, device: Held) -> None:
     """The device learned nothing; the operator sees why. Closed sessions are recorded just after they are closed."""
     deadline = time.monotonic() + CLOSE_SECONDS
@@ -376,5 +421,6 @@ STEPS: tuple[Step, ...] = (
     Step("A key is rotated with an overlap", rotate),
     Step("A key is revoked while the device is connected", revoke),
     Step("A device makes its own key and gets a certificate with a token", come_with_an_own_key),
+    Step("A constrained device comes over CoAP with a PSK", live_over_coap),
 )
 """In the order of the telling."""

@@ -23,7 +23,8 @@ from cryptography.hazmat.bindings.openssl.binding import Binding
 from OpenSSL import SSL
 
 _SERVER_CALLBACK: Final = "unsigned int(SSL *, char *, unsigned char *, unsigned int)"
-_NEEDED: Final = ("SSL_CTX_set_psk_server_callback", "ERR_clear_error")
+_CLIENT_CALLBACK: Final = "unsigned int(SSL *, char *, char *, unsigned int, unsigned char *, unsigned int)"
+_NEEDED: Final = ("SSL_CTX_set_psk_server_callback", "SSL_CTX_set_psk_client_callback", "ERR_clear_error")
 
 
 class PskUnsupported(RuntimeError):
@@ -50,6 +51,24 @@ def serve_psk(context: SSL.Context, key_of: Callable[[bytes], bytes]) -> object:
 
     handle: object = ffi.callback(_SERVER_CALLBACK, callback, error=0)
     binding.lib.SSL_CTX_set_psk_server_callback(_raw_context(context), handle)
+    return handle
+
+
+def present_psk(context: SSL.Context, identity: bytes, key: bytes) -> object:
+    """Let client handshakes of `context` use this key: for clients of our own, as the demo's. As `serve_psk`."""
+    binding = Binding()
+    check(binding.lib)
+    ffi = binding.ffi
+
+    def callback(_connection: Any, _hint: Any, name: Any, name_size: int, room: Any, size: int) -> int:
+        if len(identity) >= name_size or len(key) > size:
+            return 0
+        ffi.memmove(name, identity + b"\0", len(identity) + 1)
+        ffi.memmove(room, key, len(key))
+        return len(key)
+
+    handle: object = ffi.callback(_CLIENT_CALLBACK, callback, error=0)
+    binding.lib.SSL_CTX_set_psk_client_callback(_raw_context(context), handle)
     return handle
 
 

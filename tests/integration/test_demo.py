@@ -85,6 +85,8 @@ def test_the_story_holds_is_readable_when_piped_and_can_be_told_again(tmp_path: 
             "timeline: auth.refused (",
             "over mutual TLS",
             "revoked by fingerprint: closed",
+            "close_notify",
+            "its next handshake fails, exactly as with a wrong key",
             f"All {len(demo.STEPS)} steps held.",
         ):
             assert word in told.stdout

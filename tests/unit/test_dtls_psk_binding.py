@@ -17,13 +17,29 @@ def test_the_installed_binding_has_all_that_is_needed() -> None:
     check(binding.lib)
     setter = binding.ffi.typeof(binding.lib.SSL_CTX_set_psk_server_callback)
     assert str(setter.args[1]) == "<ctype 'unsigned int(*)(SSL *, char *, unsigned char *, unsigned int)'>"
+    setter = binding.ffi.typeof(binding.lib.SSL_CTX_set_psk_client_callback)
+    signature = "unsigned int(*)(SSL *, char *, char *, unsigned int, unsigned char *, unsigned int)"
+    assert str(setter.args[1]) == f"<ctype '{signature}'>"
 
 
-@pytest.mark.parametrize("missing", ["SSL_CTX_set_psk_server_callback", "ERR_clear_error", "Cryptography_HAS_PSK"])
+NEEDED = frozenset(
+    {
+        "SSL_CTX_set_psk_server_callback",
+        "SSL_CTX_set_psk_client_callback",
+        "ERR_clear_error",
+        "Cryptography_HAS_PSK",
+    }
+)
+
+
+def test_nothing_else_is_needed_of_a_binding() -> None:
+    check(SimpleNamespace(**dict.fromkeys(NEEDED, 1)))
+
+
+@pytest.mark.parametrize("missing", sorted(NEEDED))
 def test_a_binding_without_it_is_a_loud_error(missing: str) -> None:
-    names = {"SSL_CTX_set_psk_server_callback", "ERR_clear_error", "Cryptography_HAS_PSK"} - {missing}
     with pytest.raises(PskUnsupported, match="cryptography's OpenSSL binding lacks"):
-        check(SimpleNamespace(**dict.fromkeys(names, 1)))
+        check(SimpleNamespace(**dict.fromkeys(NEEDED - {missing}, 1)))
 
 
 def test_every_suite_that_is_promised_can_be_chosen() -> None:

@@ -29,6 +29,7 @@ from registry.errors import InvalidArgument, Refused, RegistryError
 from registry.events import EventKind
 from registry.key_claim import ClaimRequest
 from registry.model import Contact, CredentialKind, TemplateId
+from registry.payloads import PayloadTooLarge
 from registry.ports import IssuedCertificate
 from registry.psk import IssuedPsk
 from registry.secrets import Secret
@@ -200,7 +201,9 @@ _REDEMPTION: Final = msgspec.json.Decoder(_Redemption)
 
 def _read(request: bytes, *, cbor: bool) -> _Claim | _Redemption:
     if len(request) > MAX_REQUEST_BYTES:
-        raise InvalidArgument(f"the request has {len(request)} bytes; allowed are up to {MAX_REQUEST_BYTES}")
+        raise PayloadTooLarge(
+            f"the request has {len(request)} bytes; allowed are up to {MAX_REQUEST_BYTES}", limit=MAX_REQUEST_BYTES
+        )
     try:
         if cbor:
             value = decode_cbor(request)

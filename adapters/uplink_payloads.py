@@ -82,5 +82,7 @@ _ENVELOPE: Final = msgspec.json.Decoder(_Envelope)
 
 def _decoded(raw: bytes, max_bytes: int) -> Json:
     if len(raw) > max_bytes:
-        raise PayloadTooLarge(f"payload has {len(raw)} bytes; allowed are up to {max_bytes}", field="payload")
+        raise PayloadTooLarge(
+            f"payload has {len(raw)} bytes; allowed are up to {max_bytes}", limit=max_bytes, field="payload"
+        )
     return decode_cbor(raw)

@@ -82,13 +82,22 @@ class NewUplink(msgspec.Struct, frozen=True):
 
 
 class PayloadTooLarge(InvalidArgument):
-    """The payload is larger than one uplink may be; told apart from the other refusals to be counted."""
+    """The payload is larger than one may be; told apart from the other refusals to be counted.
+
+    `limit` is what it may have, in bytes as they are sent; None where it is another size that exceeded one.
+    """
+
+    def __init__(self, message: str, *, limit: int | None = None, field: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.limit = limit
 
 
 def payload_from_json(raw: bytes, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Payload:
     """The payload in these bytes of JSON. Raises InvalidArgument."""
     if len(raw) > max_bytes:
-        raise PayloadTooLarge(f"payload has {len(raw)} bytes; allowed are up to {max_bytes}", field="payload")
+        raise PayloadTooLarge(
+            f"payload has {len(raw)} bytes; allowed are up to {max_bytes}", limit=max_bytes, field="payload"
+        )
     try:
         text = raw.decode()
         value = msgspec.json.decode(text)
@@ -117,6 +126,10 @@ def payload_from_value(value: Json, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Pa
         raise _too_deep() from None
     except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
         raise _refused("payload has a value that JSON cannot express; allowed are CBOR's JSON-like types") from None
+    if len(raw) > max_bytes:
+        raise PayloadTooLarge(
+            f"payload has {len(raw)} bytes when it is written as JSON; allowed are up to {max_bytes}", field="payload"
+        )
     return Payload(payload_from_json(raw, max_bytes=max_bytes).text, value)
 
 

@@ -53,6 +53,7 @@ class Answer:
     max_age: int | None
     etag: bytes | None
     observe: int | None
+    size1: int | None
 
     @property
     def value(self) -> Any:
@@ -201,6 +202,22 @@ class CoapClient:
             whole, block = whole + part.payload, part.opt.block2
         return _answer(first, whole)
 
+    async def upload(self, path: str, payload: bytes, content_format: int = JSON, exponent: int = 6) -> Answer:
+        """POST in blocks of `16 << exponent` bytes (RFC 7959 §2.3); the last answer, or the first that is an error."""
+        size = 16 << exponent
+        for number in range((len(payload) + size - 1) // size):
+            start, more = number * size, (number + 1) * size < len(payload)
+            answer = await self._exchange(
+                Code.POST,
+                path,
+                payload[start : start + size],
+                content_format=content_format,
+                block1=(number, more, exponent),
+            )
+            if not answer.code.is_successful():
+                break
+        return _answer(answer)
+
     async def observe(self, path: str, **options: Any) -> Answer:
         """Register; notifications come into `notifications`."""
         token = self._next_token()
@@ -294,6 +311,7 @@ def _answer(message: Message, payload: bytes | None = None) -> Answer:
         options.max_age,
         options.etag,
         options.observe,
+        options.size1,
     )
 
 

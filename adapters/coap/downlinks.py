@@ -6,7 +6,8 @@
 Configuration is a state, so what was replaced meanwhile is passed over, as the RFC wants it. Commands are a queue: each
 must arrive, in order, and a notification that a newer one took the place of would be lost. So `/commands` shows one
 command at a time. The next is sent when the client has acknowledged the one before; then that counts as delivered. At
-most one is on its way, and nothing of it is kept here but the core's attachment.
+most one is on its way. Those that wait here may be cancelled, expire, or be answered after a GET meanwhile: what the
+core no longer counts as unconfirmed is passed over when its turn comes.
 
 An observation that ends, by the client, its silence or its association, loses nothing: the core keeps commands until
 they are answered, and the next GET or registration begins with the first unfinished one. So a command arrives at least
@@ -89,9 +90,16 @@ class CommandObserver:
             self._send_next()
 
     def _send_next(self) -> None:
-        self._on_its_way = self._waiting.popleft() if self._waiting else None
+        self._on_its_way = self._next_wanted()
         if self._on_its_way is not None:
             self._observation.notify(command_response(self._on_its_way, self._format), self._delivered)
+
+    def _next_wanted(self) -> Command | None:
+        while self._attachment is not None and self._waiting:
+            command = self._waiting.popleft()
+            if command.command_id in self._attachment.unconfirmed:
+                return command
+        return None
 
     def _delivered(self) -> None:
         if self._attachment is not None and self._on_its_way is not None:

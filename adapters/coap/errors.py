@@ -1,7 +1,7 @@
 """Errors as CoAP tells them: the one place that maps the core's codes to response codes (RFC 7252 §5.9, §12.1.2).
 
     INVALID_ARGUMENT, FAILED_PRECONDITION 4.00   UNAUTHENTICATED 4.01   PERMISSION_DENIED 4.03   NOT_FOUND 4.04
-    payload too large 4.13                       ALREADY_EXISTS 4.09 (RFC 8132 §2.3.2.1)        INTERNAL 5.00
+    payload too large 4.13 with Size1            ALREADY_EXISTS 4.09 (RFC 8132 §2.3.2.1)        INTERNAL 5.00
     RESOURCE_EXHAUSTED 4.29 (RFC 8516), UNAVAILABLE 5.03 (RFC 7252 §5.9.3.4): with Max-Age, when to try again
 
 The diagnostic payload (§5.5.2) is the core's message, which may be shown to anybody, and the correlation id, by which
@@ -57,11 +57,13 @@ def error_response(error: RegistryError | Unserved, correlation_id: str) -> Resp
     """The answer to a request that failed."""
     if isinstance(error, Unserved):
         return Response(error.code, _diagnostic(error.message, correlation_id))
-    code = Code.REQUEST_ENTITY_TOO_LARGE if isinstance(error, PayloadTooLarge) else _CODES[error.code]
+    if isinstance(error, PayloadTooLarge):
+        told = _diagnostic(error.message, correlation_id)
+        return Response(Code.REQUEST_ENTITY_TOO_LARGE, told, size1=error.limit)  # RFC 7959 §2.9.3
     max_age = None
     if error.code in _LATER:
         max_age = max(1, ceil(TRY_AGAIN_SECONDS if error.retry_after is None else error.retry_after))
-    return Response(code, _diagnostic(error.message, correlation_id), max_age=max_age)
+    return Response(_CODES[error.code], _diagnostic(error.message, correlation_id), max_age=max_age)
 
 
 def _diagnostic(message: str, correlation_id: str) -> bytes:

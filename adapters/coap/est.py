@@ -115,7 +115,10 @@ def _csr(request: Request) -> bytes:
             Code.UNSUPPORTED_CONTENT_FORMAT, f"content format {request.content_format}; {formats.PKCS10} is taken"
         )
     if len(request.payload) > MAXIMUM_REQUEST_BYTES:
-        raise PayloadTooLarge(f"csr has {len(request.payload)} bytes; at most {MAXIMUM_REQUEST_BYTES} are read")
+        raise PayloadTooLarge(
+            f"csr has {len(request.payload)} bytes; at most {MAXIMUM_REQUEST_BYTES} are read",
+            limit=MAXIMUM_REQUEST_BYTES,
+        )
     return request.payload
 
 

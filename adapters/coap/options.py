@@ -191,6 +191,8 @@ def response_options(response: Response) -> list[tuple[int, bytes]]:
         options.append((MAX_AGE, encode_uint(response.max_age)))
     for item in response.location_query:
         options.append((LOCATION_QUERY, item.encode()))
+    if response.size1 is not None:
+        options.append((SIZE1, encode_uint(response.size1)))
     return options
 
 

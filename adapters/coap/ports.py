@@ -43,6 +43,8 @@ class Response:
     etag: bytes | None = None
     location_path: tuple[str, ...] = ()
     location_query: tuple[str, ...] = ()
+    size1: int | None = None
+    """With 4.13: bytes of the largest body that this resource takes (RFC 7959 §2.9.3)."""
 
 
 class Observation(Protocol):

@@ -62,6 +62,8 @@ async def test_refusals_of_a_claim_look_alike(coap: Running) -> None:
         assert await told(client, claim(other)) == (Code.FORBIDDEN, b"provisioning refused"), "not the association's"
         assert await told(client, {"token": "rt_x", "csr": "x"}) == (Code.FORBIDDEN, b"provisioning refused")
         assert (await client.post("/provision", b"{")).code is Code.BAD_REQUEST
+        large = await client.upload("/provision", b"{" * 33_000)
+        assert (large.code, large.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, 32_768)
         assert (await client.post("/telemetry", {"t": 1})).code is Code.UNAUTHORIZED
     async with coap.client() as client:
         refused = {

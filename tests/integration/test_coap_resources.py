@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import cbor2
 import pytest
@@ -13,8 +13,10 @@ from aiocoap import Message
 from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
+from adapters.coap.limits import CoapLimits
 from adapters.coap.server_limits import ServerLimits
 from registry.errors import Unavailable
+from registry.model import DeviceId
 from registry.payloads import NewUplink
 from registry.uplinks import StoredUplink
 from tests.coap_server import CBOR, JSON, CoapClient, Running, serving_coap
@@ -104,8 +106,9 @@ async def test_limits_are_answered_and_counted(api: Api) -> None:  # noqa: F811
     async with serving_coap(api, limits) as coap:
         device = await coap.device()
         async with coap.client(device) as client:
-            assert (await client.post("/telemetry", {"main.t": "x" * 80})).code is Code.REQUEST_ENTITY_TOO_LARGE
-            assert (await client.post("/telemetry", {"t": "x" * 80}, CBOR)).code is Code.REQUEST_ENTITY_TOO_LARGE
+            for content_format in (JSON, CBOR):
+                answer = await client.post("/telemetry", {"t": "x" * 80}, content_format)
+                assert (answer.code, answer.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, 64), "RFC 7959 §2.9.3"
             assert (await client.get("/time")).code is Code.CONTENT
             answer = await client.get("/time")
             assert answer.code is Code.TOO_MANY_REQUESTS
@@ -113,6 +116,25 @@ async def test_limits_are_answered_and_counted(api: Api) -> None:  # noqa: F811
             assert answer.max_age > 100
         counters = coap.server.counters
         assert (counters.too_large, counters.rejected, counters.key_requests) == (2, 2, 1)
+
+
+async def test_what_is_too_large_is_told_how_large_it_may_be(api: Api) -> None:  # noqa: F811
+    async with serving_coap(api, ServerLimits(payload_bytes=64)) as coap:
+        device = await coap.device()
+        async with coap.client(device) as client:
+            short_in_cbor = await client.post("/telemetry", cbor2.dumps({"t": b"\0" * 50}), CBOR)
+            assert (short_in_cbor.code, short_in_cbor.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, None), (
+                "what it is in JSON exceeds the limit; the body that was sent did not"
+            )
+            report = await client.post("/config/reported", {"version": 1, "config": {"t": "x" * 80}})
+            assert (report.code, report.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, 64)
+            upload = client.message(Code.POST, "/telemetry", b"{" * 64, block1=(0, True, 2), size1=70_000)
+            heard = client.socket.client.plain
+            before = len(heard)
+            client.send(upload)
+            await client.socket.until(lambda: len(heard) > before)
+            answer = Message.decode(heard[-1])
+            assert (answer.code, answer.opt.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, 65_536)
 
 
 async def test_nothing_is_acknowledged_before_its_commit(coap: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +239,27 @@ async def test_a_command_that_nobody_acknowledged_is_not_delivered_and_comes_aga
     async with coap.client(device) as client:
         assert (await client.observe("/commands")).value["command_id"] == command
         assert await _status(coap, device.device_id, command) == "delivered"
+
+
+async def test_a_command_that_is_cancelled_before_its_turn_is_not_sent(api: Api) -> None:  # noqa: F811
+    async with serving_coap(api, coap_limits=CoapLimits(ack_timeout=0.3)) as coap:
+        device = await coap.device()
+        async with coap.client(device) as client:
+            assert (await client.observe("/commands")).payload == b""
+            client.silent = True
+            first, second, third, fourth = [await _queued(coap, device.device_id, f"m{n}") for n in range(4)]
+            assert (await client.notified()).value["command_id"] == first
+            [place] = coap.api.registry.commands._downlinks.of(DeviceId(UUID(device.device_id)))
+            await until(lambda: len(place.unconfirmed) == 4)
+            await coap.post(f"/devices/{device.device_id}/commands/{second}", method="DELETE")
+            answered = await client.post(f"/commands/{third}", {"result": "found by a GET before"})
+            assert answered.code is Code.CHANGED
+            await until(lambda: len(place.unconfirmed) == 2)
+            client.silent = False  # the first comes again and is acknowledged
+            told = [(await client.notified()).value["command_id"]]
+            while told[-1] == first:
+                told.append((await client.notified()).value["command_id"])
+            assert told[-1] == fourth
 
 
 async def test_the_time_in_three_formats_and_the_links_of_each_role(coap: Running) -> None:

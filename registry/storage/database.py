@@ -106,7 +106,11 @@ class Database:
                 timeout=self._connect_timeout,
                 server_settings={"application_name": "gatehouse-feed", **SESSION_SETTINGS},
             )
-            await _prepare_connection(connection)
+            try:
+                await _prepare_connection(connection)
+            except BaseException:  # whoever asked may be stopped meanwhile, and nobody else knows of the connection
+                connection.terminate()
+                raise
             return connection
 
 

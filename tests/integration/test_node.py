@@ -8,6 +8,7 @@ from datetime import timedelta
 from uuid import uuid4
 
 import asyncpg
+import pytest
 
 from registry.events import TEARDOWN, EventKind
 from registry.model import DeviceId, PskIdentity, SessionId, TenantId
@@ -249,3 +250,21 @@ async def until_seen(node: TestNode, tenant_id: TenantId, wanted: set[SessionId]
 
 def _expiring(identity: object) -> object:
     return replace(identity, expires_at=now() - timedelta(milliseconds=1))  # type: ignore[type-var]
+
+
+async def test_a_connection_that_nobody_waits_for_any_more_is_closed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: asyncio.Queue[asyncpg.Connection[asyncpg.Record]] = asyncio.Queue()
+
+    async def never_ready(connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        opened.put_nowait(connection)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("registry.storage.database._prepare_connection", never_ready)
+    asking = asyncio.create_task(database.dedicated())
+    connection = await opened.get()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert connection.is_closed()

@@ -581,7 +581,7 @@ def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
         Limit.BODY: http.refused_body_too_large + allowances.body,
         Limit.REQUESTS: http.refused_overload,
         Limit.SLOW_SENDER: http.refused_slow + http.stalled,
-        Limit.HANDSHAKES: tls.dropped_handshake_limit + tls.dropped_address_limit + tls.dropped_handshake_timeout,
+        Limit.HANDSHAKES: _handshakes_dropped(tls),
         Limit.CONNECTIONS: tls.dropped_connection_limit + tls.dropped_address_connections,
         Limit.TENANT_REQUESTS: allowances.tenant,
         Limit.KEY_REQUESTS: allowances.credential,
@@ -593,11 +593,16 @@ def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
     }
 
 
+def _handshakes_dropped(tls: TlsCounters) -> int:
+    refused = tls.dropped_handshake_limit + tls.dropped_address_limit
+    return refused + tls.dropped_handshake_displaced + tls.dropped_handshake_timeout
+
+
 def _mqtt_limits_hit(server: MqttServer) -> dict[Limit, int]:
     counters, tls = server.counters, server.tls_counters
     return {
         Limit.SLOW_SENDER: counters.timed_out,
-        Limit.HANDSHAKES: tls.dropped_handshake_limit + tls.dropped_address_limit + tls.dropped_handshake_timeout,
+        Limit.HANDSHAKES: _handshakes_dropped(tls),
         Limit.CONNECTIONS: tls.dropped_connection_limit + counters.turned_away,
         Limit.UPLINK_PAYLOAD: counters.too_large,
     }

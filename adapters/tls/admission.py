@@ -6,8 +6,13 @@ An unauthenticated peer costs us a socket, some 20 KB and about a millisecond of
 spent, four doors are counted: connections, and handshakes in flight, each in all and from one address. Whoever has one
 address can neither shake hands without end nor hold every connection there is. An address is a whole IPv4 address or
 an IPv6 /64, the smallest block that one customer is given (RFC 6177). A connection holds one place in `Ledger` until it
-ends, and a second one until its handshake does; the stream gives each back exactly once. Everything runs on one event
-loop; nothing can race.
+ends, and a second one until its handshake does; the stream gives each back exactly once.
+
+When every place for handshakes is taken, the address that holds the most of them gives one up, its oldest, to a
+newcomer whose address will then hold no more than that one keeps. So a crowd of strays from few addresses shuts
+nobody out, shares come out even (max-min fairness), and an address with a single handshake never loses it, whoever
+comes and however often. An attacker has to hold as many addresses as there are places before newcomers are refused,
+and then only until `handshake_timeout`. Everything runs on one event loop; nothing can race.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import AddressValueError, IPv6Address
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Drop(StrEnum):
     ADDRESS_LIMIT = "dropped_address_limit"
     ADDRESS_CONNECTIONS = "dropped_address_connections"
     HANDSHAKE_TIMEOUT = "dropped_handshake_timeout"
+    HANDSHAKE_DISPLACED = "dropped_handshake_displaced"
     HANDSHAKE_OVERSIZED = "dropped_handshake_oversized"
     HANDSHAKE_FAILED = "dropped_handshake_failed"
     HANDSHAKE_TRUNCATED = "dropped_handshake_truncated"
@@ -67,6 +74,7 @@ class TlsCounters:
         "dropped_connection_limit",
         "dropped_flood",
         "dropped_garbage",
+        "dropped_handshake_displaced",
         "dropped_handshake_failed",
         "dropped_handshake_limit",
         "dropped_handshake_oversized",
@@ -95,6 +103,7 @@ class TlsCounters:
         self.dropped_address_limit = 0
         self.dropped_address_connections = 0
         self.dropped_handshake_timeout = 0
+        self.dropped_handshake_displaced = 0
         self.dropped_handshake_oversized = 0
         self.dropped_handshake_failed = 0
         self.dropped_handshake_truncated = 0
@@ -113,44 +122,86 @@ class TlsCounters:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-class Ledger:
-    """Counts connections and handshakes in flight, and says which limit a newcomer would break."""
+class Handshake(Protocol):
+    """One in flight, as the ledger knows it."""
 
-    __slots__ = ("_connections", "_counters", "_handshakes", "_limits")
+    def displace(self) -> None:
+        """Give up the place, by `Ledger.handshake_ended`, and end. Called at most once, while it holds the place."""
+
+
+class Ledger:
+    """Counts connections and handshakes in flight, says which limit a newcomer would break, and who gives way."""
+
+    __slots__ = ("_connections", "_counters", "_handshakes", "_limits", "_most", "_ranks")
 
     def __init__(self, limits: TlsLimits, counters: TlsCounters) -> None:
         self._limits = limits
         self._counters = counters
         self._connections: dict[str, int] = {}
-        self._handshakes: dict[str, int] = {}
+        self._handshakes: dict[str, dict[Handshake, None]] = {}
+        """By block, oldest first."""
+        self._ranks: dict[int, dict[str, None]] = {}
+        """Blocks by how many handshakes they hold, so that the greediest is found at once."""
+        self._most = 0
 
-    def admit(self, address: str) -> Drop | None:
-        """Take a place for a handshake from `address`, or say which limit refuses it (and take none)."""
-        if self._counters.open >= self._limits.connections:
+    def admit(self, address: str, handshake: Handshake) -> Drop | None:
+        """Take a place for a handshake from `address`, or say which limit refuses it (and take none).
+
+        Where that is the only way, another handshake is displaced before this returns.
+        """
+        limits = self._limits
+        if self._counters.open >= limits.connections:
             return Drop.CONNECTION_LIMIT
-        if self._counters.handshaking >= self._limits.handshakes_in_flight:
-            return Drop.HANDSHAKE_LIMIT
         block = address_block(address)
-        shaking, held = self._handshakes.get(block, 0), self._connections.get(block, 0)
-        if shaking >= self._limits.handshakes_per_address:
+        held = self._connections.get(block, 0)
+        shaking = len(self._handshakes.get(block, ()))
+        if shaking >= limits.handshakes_per_address:
             return Drop.ADDRESS_LIMIT
-        if held >= self._limits.connections_per_address:
+        if held >= limits.connections_per_address:
             return Drop.ADDRESS_CONNECTIONS
-        self._handshakes[block] = shaking + 1
+        if self._counters.handshaking >= limits.handshakes_in_flight and not self._displaced_for(shaking):
+            return Drop.HANDSHAKE_LIMIT
+        self._handshakes.setdefault(block, {})[handshake] = None
+        self._rank(block, shaking, shaking + 1)
         self._connections[block] = held + 1
         self._counters.handshaking += 1
         self._counters.open += 1
         return None
 
-    def handshake_ended(self, address: str) -> None:
+    def handshake_ended(self, address: str, handshake: Handshake) -> None:
         """Give the handshake's place back; the connection, if it lives, keeps its own."""
-        _one_less(self._handshakes, address_block(address))
+        block = address_block(address)
+        shaking = self._handshakes[block]
+        del shaking[handshake]
+        self._rank(block, len(shaking) + 1, len(shaking))
+        if not shaking:
+            del self._handshakes[block]
         self._counters.handshaking -= 1
 
     def connection_ended(self, address: str) -> None:
         """Give the connection's place back."""
         _one_less(self._connections, address_block(address))
         self._counters.open -= 1
+
+    def _displaced_for(self, shaking: int) -> bool:
+        """Make room for somebody whose block holds `shaking` handshakes; False: nobody holds so many more."""
+        if self._most <= shaking + 1:
+            return False
+        greediest = next(iter(self._ranks[self._most]))
+        oldest = next(iter(self._handshakes[greediest]))
+        oldest.displace()
+        return True
+
+    def _rank(self, block: str, before: int, after: int) -> None:
+        if before:
+            peers = self._ranks[before]
+            del peers[block]
+            if not peers:
+                del self._ranks[before]
+        if after:
+            self._ranks.setdefault(after, {})[block] = None
+        if after > self._most or (before == self._most and before not in self._ranks):
+            self._most = after  # steps are of one: if nobody is left at the top, this block is next to it
 
 
 def _one_less(held: dict[str, int], block: str) -> None:

@@ -116,6 +116,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         "_raw_full",
         "_reading",
         "_records",
+        "_shaking",
         "_ssl",
         "_state",
         "_timer",
@@ -135,6 +136,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._state = _State.HANDSHAKING
         self._after_flush = _State.CLOSED
         self._admitted = False
+        self._shaking = False
         self._handshake_received = 0
         self._queue: list[bytes | memoryview] = []
         self._queued = 0
@@ -263,11 +265,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         owner.counters.accepted += 1
         peer = raw.get_extra_info("peername")
         self.peer_address = str(peer[0]) if peer else ""
-        refused = owner.ledger.admit(self.peer_address)
+        refused = owner.ledger.admit(self.peer_address, self)
         if refused is not None:
             self._drop(refused)
             return
-        self._admitted = True
+        self._admitted = self._shaking = True
         owner.connections.add(self)
         limits = owner.limits
         raw.set_write_buffer_limits(limits.write_high_water, limits.write_low_water)
@@ -321,10 +323,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
         if self._admitted:
-            if self.tls is None:
-                if was is _State.HANDSHAKING:  # reset by the peer: nobody has counted it yet
-                    self._owner.counters.drop(Drop.HANDSHAKE_TRUNCATED)
-                self._owner.ledger.handshake_ended(self.peer_address)
+            if self.tls is None and was is _State.HANDSHAKING:  # reset by the peer: nobody has counted it yet
+                self._owner.counters.drop(Drop.HANDSHAKE_TRUNCATED)
+            self._give_back_handshake()
             self._owner.ledger.connection_ended(self.peer_address)
             self._owner.connections.discard(self)
         inner = self._inner
@@ -335,6 +336,17 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             inner.connection_lost(exc if was is _State.OPEN else None)
 
     # Handshake
+
+    def displace(self) -> None:
+        """Another connection needs the place of this handshake (admission.Handshake)."""
+        self._give_back_handshake()
+        self._drop(Drop.HANDSHAKE_DISPLACED)
+
+    def _give_back_handshake(self) -> None:
+        """Once, however the handshake ends."""
+        if self._shaking:
+            self._shaking = False
+            self._owner.ledger.handshake_ended(self.peer_address, self)
 
     def _shake_hands(self, data: memoryview) -> None:
         ssl = self._ssl
@@ -376,7 +388,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._timer.cancel()
             self._timer = None
         self.tls = tls = _describe(ssl)
-        owner.ledger.handshake_ended(self.peer_address)
+        self._give_back_handshake()
         counters = owner.counters
         counters.established += 1
         counters.resumed += tls.resumed

@@ -326,6 +326,27 @@ async def test_handshakes_in_flight_are_capped_and_places_come_back() -> None:
 
 
 @on_both_loops
+async def test_strays_that_took_every_place_give_way_to_a_newcomer() -> None:
+    limits = TlsLimits(handshakes_in_flight=6, handshakes_per_address=6)
+    async with serving(limits) as service:
+        strays = [await asyncio.open_connection("127.0.0.1", service.port, local_addr=("127.0.0.2", 0)) for _ in "ab"]
+        strays += [
+            await asyncio.open_connection("127.0.0.1", service.port, local_addr=("127.0.0.3", 0)) for _ in "abcd"
+        ]
+        for _, writer in strays[::2]:
+            writer.write(hello()[:100])
+        await eventually(lambda: service.listener.counters.handshaking == 6)
+        await assert_others_are_served(service)
+        assert await read_to_end(strays[2][0]) == b""  # the oldest of who had most
+        counters = service.listener.counters
+        await eventually(lambda: counters.dropped_handshake_displaced == 1)
+        assert (counters.dropped_handshake_limit, counters.dropped_handshake_truncated) == (0, 0)
+        assert counters.handshaking == 5
+        for _, writer in strays:
+            writer.close()
+
+
+@on_both_loops
 async def test_connections_are_capped_in_all() -> None:
     async with serving(TlsLimits(connections=1)) as service:
         _, writer = await connect(service.port, client_context(SERVER))

@@ -36,7 +36,8 @@ from edge.api_client import BASE, ConnectionClosed
 from edge.commands import cli_actor, sign_token
 from edge.config import Config
 from edge.demo_coap import HandshakeFailed
-from edge.demo_steps import STEPS, Held, Site, Story, Unexpected
+from edge.demo_mqtt import NotConnected
+from edge.demo_steps import STEPS, Held, Listener, Site, Story, Unexpected
 from edge.serve import Server
 from edge.stop_signals import StopSignals
 from edge.terminal import complain, console, plain
@@ -75,7 +76,7 @@ async def tell(config: Config, *, once: bool) -> int:
             story = Story(site, stage, secrets.token_hex(3).upper())
             try:
                 await asyncio.to_thread(story.tell)
-            except (Unexpected, ConnectionClosed, HandshakeFailed, OSError, KeyError) as error:
+            except (Unexpected, ConnectionClosed, NotConnected, HandshakeFailed, OSError, KeyError) as error:
                 complain(
                     f"the demo failed in step {stage.number}: {_reason(error)} (log: {config.data_dir / 'demo.log'})"
                 )
@@ -211,10 +212,10 @@ async def _site(config: Config, ports: Mapping[str, int]) -> Site:
     return Site(
         _reachable(config.https.host),
         ports["https"],
+        Listener(_reachable(config.mqtt.host), ports["mqtt"]),
+        Listener(_reachable(config.coap.host), ports["coap"]),
         config.data_dir / "ca-chain.pem",
         token,
-        _reachable(config.coap.host),
-        ports["coap"],
     )
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from aiocoap.numbers.codes import Code
 from cryptography import x509
@@ -22,8 +22,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from adapters.mqtt.wire_reasons import ReasonCode
 from edge.api_client import BASE, Answer, ApiClient
 from edge.demo_coap import CoapDevice, HandshakeFailed
+from edge.demo_mqtt import MqttDevice, NotConnected
 
 CLOSE_SECONDS = 10.0
 """How long the demo waits for a revoked connection to be closed; it is closed in milliseconds."""
@@ -49,16 +51,23 @@ class Narrator(Protocol):
         """What it means."""
 
 
+class Listener(NamedTuple):
+    """Where a protocol other than HTTPS is reached."""
+
+    host: str
+    port: int
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where the server is, and who we are there."""
 
     host: str
     port: int
+    mqtt: Listener
+    coap: Listener
     ca_chain: Path
     operator_token: str = field(repr=False)
-    coap_host: str
-    coap_port: int
 
     @property
     def base(self) -> str:
@@ -157,6 +166,21 @@ def shown_path(path: str) -> str:
 def shown_secret(secret: str) -> str:
     """The beginning of a secret."""
     return f"{secret[:14]}…"
+
+
+def own_key() -> tuple[str, str]:
+    """A private key that its device has just made, and a request for a certificate; both in PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return private.decode(), csr.public_bytes(Encoding.PEM).decode()
+
+
+def keep_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read. Raises OSError."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w", encoding="ascii") as file:
+        file.write(text)
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -322,9 +346,8 @@ def come_with_an_own_key(story: Story) -> None:
     )
     require(token["status"] == "pending", f"the new device's status is {token['status']}, not pending")
     story.note(f"device {token['device_id']} is pending; its one-time token: {shown_secret(token['token'])}")
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    request = {"token": token["token"], "csr": csr.public_bytes(Encoding.PEM).decode()}
+    key, csr = own_key()
+    request = {"token": token["token"], "csr": csr}
     with story.connect() as device:
         given = story.exchange(device, "POST", "/devices/provision", request, expect=201).body
         again = story.exchange(device, "POST", "/devices/provision", request, expect=200).body
@@ -332,11 +355,9 @@ def come_with_an_own_key(story: Story) -> None:
     story.note(
         f"a certificate until {given['not_after'][:10]}, SHA-256 {given['fingerprint'][:16]}…; asked again: the same"
     )
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     with tempfile.TemporaryDirectory() as directory:
         own = Path(directory) / "pump.pem"
-        with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(given["certificate"].encode() + private)
+        keep_private(own, given["certificate"] + key)
         with story.connect(own) as device:
             path = f"/devices/{token['device_id']}/uplink"
             message = {"kind": "event", "payload": {"pressure": 2.4}}
@@ -352,6 +373,73 @@ def come_with_an_own_key(story: Story) -> None:
     _explain(story, Held(token["device_id"], f"PUMP-{story.run_id}", ""))
 
 
+def live_over_mqtt(story: Story) -> None:
+    """A gateway provisions itself over the topic, comes back with its certificate, is told, and is thrown out."""
+    body = {"name": "Cabinet gateway", "hardware_id": f"GW-{story.run_id}"}
+    token = story.ask("POST", "/devices/registration/tokens", body, expect=201)
+    device_id = token["device_id"]
+    key, csr = own_key()
+
+    def connect(certificate: Path | None, whom: str) -> MqttDevice:
+        site, since = story.site, time.perf_counter()
+        try:
+            device = MqttDevice(*site.mqtt, site.ca_chain, client_id="gateway", certificate=certificate)
+        except NotConnected as refusal:
+            told(f"CONNECT {whom}", refusal.reason, since)
+            raise
+        told(f"CONNECT {whom}", ReasonCode.SUCCESS, since)
+        return device
+
+    def told(what: str, reason: ReasonCode | None, since: float) -> None:
+        outcome = "closed" if reason is None else f"{reason.name} {reason:#04x}"
+        story.narrator.exchange(f"MQTT {what}", outcome, 1000 * (time.perf_counter() - since))
+
+    def publish(device: MqttDevice, topic: str, value: object) -> None:
+        since = time.perf_counter()
+        reason = device.publish(topic, value)
+        require(not reason.failed, f"PUBLISH {topic} was answered {reason.name}")
+        told(f"PUBLISH {shown_path(topic)}", reason, since)
+
+    with tempfile.TemporaryDirectory() as directory:
+        own = Path(directory) / "gateway.pem"
+        with connect(None, "as provision") as newcomer:
+            publish(newcomer, "provision/request", {"token": token["token"], "csr": csr})
+            _, given = newcomer.message()
+        require(given["status"] == "ok", f"the request was answered {given}")
+        keep_private(own, given["certificate"] + key)
+        story.note("its certificate came on provision/response, to this connection alone")
+        with connect(own, "with the certificate") as device:
+            since = time.perf_counter()
+            reason = device.subscribe("devices/me/commands")
+            require(reason is ReasonCode.GRANTED_QOS_1, f"SUBSCRIBE was answered {reason.name}")
+            told("SUBSCRIBE devices/me/commands", reason, since)
+            publish(device, "devices/me/telemetry", {"cabinet.temperature": 31.5})
+            readings = story.ask("GET", f"/devices/{device_id}/readings", expect=200)["readings"]
+            require([each["value"] for each in readings] == [31.5], "the reading is not stored")
+            story.note("the acknowledgement means stored, as 202 does")
+            sent = story.ask("POST", f"/devices/{device_id}/commands", {"method": "fan.on"}, expect=201)
+            _, command = device.message()
+            require(command["command_id"] == sent["command_id"], f"another command came: {command['method']}")
+            publish(device, f"devices/me/commands/{command['command_id']}/response", {"result": {"rpm": 1200}})
+            done = story.ask("GET", f"/devices/{device_id}/commands/{sent['command_id']}", expect=200)
+            require(done["result"] == {"rpm": 1200}, f"the command is {done['status']}")
+            story.note(f"the command {command['method']} came down and was answered: {done['status']}")
+            receipt = story.ask("DELETE", f"/devices/certs/{given['fingerprint']}", expect=200)
+            require(len(receipt["sessions"]) == 1, f"the receipt names {len(receipt['sessions'])} sessions, not 1")
+            require(receipt["remaining"] == 0, f"{receipt['remaining']} sessions remain")
+            end = device.ended()
+            require(end is ReasonCode.ADMINISTRATIVE_ACTION, f"the connection was ended with {end}")
+            took = receipt["sessions"][0]["closed_after_ms"]
+            story.note(f"revoked while connected: DISCONNECT {end:#04x}, {took:.1f} ms later")
+        try:
+            connect(own, "with the certificate").close()
+        except NotConnected as refusal:
+            require(refusal.reason is ReasonCode.NOT_AUTHORIZED, f"it was refused with {refusal}")
+        else:
+            raise Unexpected("a revoked certificate was taken")
+    _explain(story, Held(device_id, body["hardware_id"], ""))
+
+
 def live_over_coap(story: Story) -> None:
     """A constrained device: a PSK, CBOR, datagrams; and its end while it is connected."""
     hardware_id = f"METER-{story.run_id}"
@@ -360,7 +448,7 @@ def live_over_coap(story: Story) -> None:
     psk, device_id = made["psk"], made["device_id"]
     key = base64.urlsafe_b64decode(psk["key"] + "=")
     story.note(f"identity {psk['identity']}, a key of {len(key)} bytes, shown once")
-    with CoapDevice(story.site.coap_host, story.site.coap_port, psk["identity"], key) as device:
+    with CoapDevice(*story.site.coap, psk["identity"], key) as device:
 
         def ask(method: Code, path: str, value: object, expect: Code) -> Any:
             since = time.perf_counter()
@@ -384,7 +472,7 @@ def live_over_coap(story: Story) -> None:
         require(device.closed_by_server(CLOSE_SECONDS) is not None, "the association was not closed")
         story.note(f"revoked: close_notify {receipt['sessions'][0]['closed_after_ms']:.1f} ms later")
     try:
-        CoapDevice(story.site.coap_host, story.site.coap_port, psk["identity"], key).__exit__(None, None, None)
+        CoapDevice(*story.site.coap, psk["identity"], key).__exit__(None, None, None)
     except HandshakeFailed:
         story.note("its next handshake fails, exactly as with a wrong key")
     else:
@@ -421,6 +509,7 @@ STEPS: tuple[Step, ...] = (
     Step("A key is rotated with an overlap", rotate),
     Step("A key is revoked while the device is connected", revoke),
     Step("A device makes its own key and gets a certificate with a token", come_with_an_own_key),
+    Step("A gateway comes over MQTT and gets its certificate there", live_over_mqtt),
     Step("A constrained device comes over CoAP with a PSK", live_over_coap),
 )
 """In the order of the telling."""

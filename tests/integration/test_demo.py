@@ -85,7 +85,10 @@ def test_the_story_holds_is_readable_when_piped_and_can_be_told_again(tmp_path: 
             "timeline: auth.refused (",
             "over mutual TLS",
             "revoked by fingerprint: closed",
-            "close_notify",
+            "provision/response, to this connection alone",
+            "revoked while connected: DISCONNECT 0x98",
+            "NOT_AUTHORIZED 0x87",
+            "revoked: close_notify",
             "its next handshake fails, exactly as with a wrong key",
             f"All {len(demo.STEPS)} steps held.",
         ):

@@ -31,6 +31,7 @@ from tests.bench.callers import percentile
 from tests.bench.certificates import idle_tls, issue
 from tests.bench.handshakes import Pair, certified_server, of_openssl, of_product
 from tests.bench.load import DEVICES, Kind, Load, load
+from tests.bench.mqtt import MqttPace, mqtt
 from tests.bench.provisioning import Guess, claims, refused_api_keys, refused_provision_keys
 from tests.bench.report import Report
 from tests.bench.servers import BenchServer, Device, Usage, bench_server
@@ -57,10 +58,27 @@ class Pace:
     idle: tuple[int, int]
     guesses: int
     certificates: bool
+    mqtt: MqttPace
 
 
-FULL = Pace(seconds=3, rounds=5, claim_seconds=5, idle=(1000, 2000), guesses=2000, certificates=True)
-QUICK = Pace(seconds=2, rounds=1, claim_seconds=2, idle=(100, 200), guesses=200, certificates=False)
+FULL = Pace(
+    seconds=3,
+    rounds=5,
+    claim_seconds=5,
+    idle=(1000, 2000),
+    guesses=2000,
+    certificates=True,
+    mqtt=MqttPace(seconds=3, rounds=3, idle=5_000, batched=True),
+)
+QUICK = Pace(
+    seconds=2,
+    rounds=1,
+    claim_seconds=2,
+    idle=(100, 200),
+    guesses=200,
+    certificates=False,
+    mqtt=MqttPace(seconds=2, rounds=1, idle=200, batched=False),
+)
 
 
 @dataclass(slots=True)
@@ -155,7 +173,9 @@ async def bench(pace: Pace, console: Console) -> tuple[Report, bool]:
                 if pace.certificates:
                     status.update("handshakes and certificates")
                     await certificates(report, base, pace)
-        held = not any(contender.missing for contender in contenders)
+        with console.status("MQTT"):
+            stored = await mqtt(report, base, pace.mqtt)
+        held = stored and not any(contender.missing for contender in contenders)
     return report, held
 
 
@@ -289,7 +309,7 @@ def main() -> int:
     """Run and print; 0 unless a promise was broken."""
     parser = argparse.ArgumentParser(prog="make bench", description="See docs/benchmarks.md.")
     parser.add_argument(
-        "--quick", action="store_true", help="less of everything, no certificates, about 40 s; figures are rough"
+        "--quick", action="store_true", help="less of everything, no certificates, about 80 s; figures are rough"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()

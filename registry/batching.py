@@ -79,6 +79,12 @@ class Batcher(Generic[Item, Result]):
         """What the waiting items weigh together."""
         return self._queued_weight
 
+    @property
+    def crowded(self) -> bool:
+        """Whether half of the room is taken: who can, should send less for a moment, so that nobody is turned away."""
+        heavy = self._weigh is not None and 2 * self._queued_weight >= self._max_queued_weight
+        return heavy or 2 * len(self._queue) >= self._max_queued
+
     def submit(self, item: Item) -> asyncio.Future[Result]:
         """Queue one item; the future has its outcome. Raises Unavailable when the queue is full or stopped."""
         if self._stopped:

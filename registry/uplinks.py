@@ -151,6 +151,11 @@ class Uplinks:
         return self._batcher.queued_weight
 
     @property
+    def crowded(self) -> bool:
+        """Whether half of the queue is taken: a transport that can make its senders wait does so from here on."""
+        return self._batcher.crowded
+
+    @property
     def turned_away(self) -> int:
         """Uplinks for which the queue had no room, since the start."""
         return self._batcher.turned_away

@@ -216,6 +216,11 @@ class Connection:
         return self.turn is not None and self.turn <= 0 and self._keeps_up and self._framer.buffered > 0
 
     @property
+    def waiting(self) -> bool:
+        """Whether packets may have been received that are not looked at yet, because the peer is made to wait."""
+        return self.state is not State.CLOSED and self._framer.buffered > 0 and (self.behind or not self._keeps_up)
+
+    @property
     def busy(self) -> bool:
         """Whether the server owes an answer: a message is being stored, or a request judged."""
         return self.state is State.DECIDING or self._judging is not None or self._unanswered > 0

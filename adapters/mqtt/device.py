@@ -15,8 +15,9 @@ outcome is unknown (the database is away in the middle of a commit) nothing is s
 client repeats. An answer to a command that is over already is the one thing that 3.1.1 sees acknowledged without being
 kept: closing would make the client repeat it for ever.
 
-A full core. Reading stops for a moment in any case. MQTT 5 is told 0x97 for QoS 1 and 2; the messages of 3.1.1, and of
-QoS 0, wait here and are tried again, in their order. What waits is bounded by what was read before.
+A full core. From half of its queue on, whoever sends is read from more slowly: gateways that fill their windows wait,
+and nobody is refused. Where it is full all the same, reading stops for longer. MQTT 5 is told 0x97 for QoS 1 and 2; the
+messages of 3.1.1, and of QoS 0, wait here and are tried again, in their order. What waits is bounded by what was read.
 
 Client ids are scoped to the device: the table of connections is by (tenant, device, client id), so a second connection
 takes over one of the same device only (5.0 §3.1.4: 0x8E).
@@ -551,6 +552,8 @@ class DeviceRole:
         except Unavailable:
             return False
         future.add_done_callback(partial(self._committed, receipt))
+        if self.registry.uplinks.crowded:
+            self.peer.hold(self.server.limits.crowded_pause)
         return True
 
     def _committed(self, receipt: Receipt, done: asyncio.Future[StoredUplink]) -> None:

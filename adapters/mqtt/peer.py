@@ -76,6 +76,7 @@ class Peer(asyncio.Protocol):
         "__weakref__",
         "_closed",
         "_ended",
+        "_ended_sending",
         "_held_until",
         "_lost",
         "_poked",
@@ -108,6 +109,7 @@ class Peer(asyncio.Protocol):
         self._poked = False
         self._pumping = False
         self._ended: Ended | None = None
+        self._ended_sending = False
         self._closed = False
         self._lost: asyncio.Future[None] | None = None
 
@@ -134,7 +136,10 @@ class Peer(asyncio.Protocol):
         self.pump()
 
     def eof_received(self) -> bool:
-        return False
+        """Nothing more comes, but what came may wait for its turn still: the connection is closed behind it."""
+        self._ended_sending = True
+        self.pump()
+        return True
 
     def pause_writing(self) -> None:
         self._unsent = 0 if self.transport is None else self.transport.unsent()
@@ -151,6 +156,7 @@ class Peer(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self.pump()  # what was received and waited for its turn; the client's DISCONNECT may be behind it
         self.machine.lost(self.server.now())
         self.pump()
         self._closed = True
@@ -207,8 +213,9 @@ class Peer(asyncio.Protocol):
             self.server.loop.call_soon(self._pump_poked)
 
     def hold(self, seconds: float) -> None:
-        """Read nothing for a while: the core is full."""
+        """Take nothing for a while, of what was read neither: the core is full, or will be."""
         self._held_until = self.server.now() + seconds
+        self.machine.turn = 0
         self.server.loop.call_later(seconds, self.poke)
 
     def run(self, work: Callable[[], object]) -> None:
@@ -239,7 +246,10 @@ class Peer(asyncio.Protocol):
     def _move(self) -> None:
         machine, server = self.machine, self.server
         now = server.now()
-        machine.turn = machine.limits.packets_per_turn
+        if self.transport is None:
+            machine.turn = machine.limits.receive_maximum
+        else:
+            machine.turn = machine.limits.packets_per_turn if now >= self._held_until else 0
         moved = True
         while moved:
             moved = False
@@ -265,11 +275,14 @@ class Peer(asyncio.Protocol):
             return
         if transport is None:
             return
-        if machine.wants_read and now >= self._held_until and not server.draining:
+        if self._ended_sending:
+            if not machine.waiting:
+                transport.close()
+        elif machine.wants_read and now >= self._held_until and not server.draining:
             transport.resume_reading()
         else:
             transport.pause_reading()
-        if machine.behind:
+        if machine.behind and now >= self._held_until:
             self.poke()
         self._arm(now)
 

@@ -24,6 +24,7 @@ class ServerLimits:
     refusals_per_second: float = 20.0  # of one address, answered at once; what comes above that waits for its answer
     refusals_burst: int = 200
     held: int = 1_000  # refused connections that wait; beyond it they are closed at once
+    crowded_pause: float = 0.05  # how long a sender waits when half of the core's queue is taken: not until it is empty
     full_pause: float = 0.25  # how long reading stops when the core is full
     payload_bytes: int = 262_144  # of one uplink
 

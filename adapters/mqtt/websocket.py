@@ -82,7 +82,7 @@ class WebSocket(asyncio.Protocol):
             self._end(received.end)
 
     def eof_received(self) -> bool:
-        return False
+        return self._peer.eof_received()
 
     def pause_writing(self) -> None:
         self._full = True

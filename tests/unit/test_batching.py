@@ -198,3 +198,30 @@ async def test_finished_batches_are_observed() -> None:
     await batcher.stop()
     assert [future.result() for future in futures] == [0, 10, 20]
     assert seen == [2, 1]
+
+
+async def test_half_full_is_crowded_by_items_or_by_weight() -> None:
+    gate = Gate()
+    batcher: Batcher[int, int] = Batcher(
+        "numbers",
+        gate,
+        max_items=1,
+        max_queued=4,
+        runners=1,
+        weigh=lambda item: item,
+        max_weight=9,
+        max_queued_weight=100,
+    )
+    futures = [batcher.submit(1)]
+    await gate.began.wait()  # one is under way, none waits
+    assert not batcher.crowded
+    futures.append(batcher.submit(1))
+    assert not batcher.crowded
+    futures.append(batcher.submit(49))
+    assert batcher.crowded
+    gate.let_through()
+    await asyncio.gather(*futures)
+    assert not batcher.crowded
+    futures = [batcher.submit(1) for _ in range(3)]
+    assert batcher.crowded
+    await asyncio.gather(*futures)

@@ -1,0 +1,84 @@
+"""Gateways that fill their windows at once: they wait where the core's queue is half full, and none is refused.
+
+The queue here is smaller than what the clients send together, as 10,000 is against a few dozen full windows. What is
+proved is that nothing of it is answered 0x97 and nothing is lost; how fast it goes is `make bench`'s matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from adapters.mqtt.wire import encode
+from adapters.mqtt.wire_packets import Ack, Disconnect, Publish, QoS
+from adapters.mqtt.wire_reasons import ReasonCode, Version
+from registry.uplinks import UplinkLimits, Uplinks
+from tests.http_api import Api, api
+from tests.mqtt_server import Running, serving_mqtt
+from tests.nodes import until
+
+__all__ = ["api"]
+
+QUEUE = 200
+WINDOW = 256
+GATEWAYS = 4
+BURST = 300
+
+
+@pytest.fixture
+async def mqtt(api: Api) -> AsyncIterator[Running]:
+    uplinks = Uplinks(api.database, limits=UplinkLimits(queue=QUEUE, batch=20))
+    small = replace(api, registry=replace(api.registry, uplinks=uplinks))
+    async with serving_mqtt(small) as running:
+        yield running
+    await uplinks.stop()
+
+
+def burst(device_id: str, count: int, qos: QoS, version: Version) -> bytes:
+    """Numbered events, all in one piece."""
+    topic = f"devices/{device_id}/events"
+    packets = [Publish(topic, b"%d" % n, qos, False, False, n if qos else 0) for n in range(1, count + 1)]
+    return b"".join(encode(packet, version) for packet in packets)
+
+
+async def test_full_windows_wait_for_room_and_none_is_refused(mqtt: Running) -> None:
+    async def gateway(number: int) -> tuple[str, list[ReasonCode]]:
+        device = await mqtt.device(f"HW-{number}")
+        async with mqtt.client() as client:
+            await client.connect(device)
+            ready.release()
+            await all_ready.wait()
+            await client.send_raw(burst(device.device_id, WINDOW, QoS.AT_LEAST_ONCE, Version.V5))
+            answers = [await client.expect(Ack) for _ in range(WINDOW)]
+            assert [answer.packet_id for answer in answers] == list(range(1, WINDOW + 1))
+            return device.device_id, [answer.reason for answer in answers]
+
+    ready, all_ready = asyncio.Semaphore(0), asyncio.Event()
+    gateways = [asyncio.ensure_future(gateway(number)) for number in range(GATEWAYS)]
+    for _ in gateways:
+        await ready.acquire()
+    all_ready.set()
+    for device_id, reasons in await asyncio.gather(*gateways):
+        assert set(reasons) == {ReasonCode.SUCCESS}
+        async with mqtt.api.operator() as operator:
+            answer = await operator.get(f"/api/v1/devices/{device_id}/uplinks", params={"limit": 500})
+        assert len(answer.json()["uplinks"]) == WINDOW
+    assert mqtt.server.counters.full == 0
+    assert mqtt.server.counters.stored == GATEWAYS * WINDOW
+
+
+@pytest.mark.parametrize("version", Version)
+async def test_who_says_goodbye_right_behind_a_burst_has_said_all_of_it(mqtt: Running, version: Version) -> None:
+    device = await mqtt.device()
+    async with mqtt.client(version=version) as client:
+        await client.connect(device)
+        goodbye = encode(Disconnect(), version)
+        await client.send_raw(burst(device.device_id, BURST, QoS.AT_MOST_ONCE, version) + goodbye)
+        assert client._writer is not None
+        client._writer.close()  # close_notify follows at once
+        await until(lambda: not mqtt.server.peers)
+    await until(lambda: mqtt.server.counters.stored == BURST)
+    assert mqtt.server.counters.full == 0

@@ -57,9 +57,8 @@ from adapters.mqtt.session_values import (
     Receipt,
     Subscription,
     delivery_of,
-    retained_delivery_of,
 )
-from adapters.mqtt.topics import SharedGroup, Subscriptions, matches
+from adapters.mqtt.topics import SharedGroup, Subscriptions
 from adapters.mqtt.wire_packets import QoS
 from adapters.mqtt.wire_reasons import ReasonCode
 from registry.errors import RegistryError, ResourceExhausted, Unavailable
@@ -76,6 +75,7 @@ from registry.messaging_values import (
     Recipient,
     Relay,
     Reserved,
+    Retained,
     RouteChange,
     Routing,
     SessionLost,
@@ -83,7 +83,6 @@ from registry.messaging_values import (
     StoredSessionId,
     StoredSubscription,
 )
-from registry.messaging_values import Message as StoredMessage
 from registry.model import DeviceId, NodeId, ProfileId, TenantId
 from registry.topic_grants import TopicGrant
 
@@ -91,10 +90,6 @@ if TYPE_CHECKING:
     from adapters.mqtt.device import DeviceRole
     from adapters.mqtt.server import MqttServer
 
-RETAINED_AT_ONCE: Final = 50
-"""Retained messages read at a time for a new subscription."""
-ROOM_SECONDS: Final = 5.0
-"""How long a retained message waits for its receiver to acknowledge something, before it is looked at again."""
 AGAIN_SECONDS: Final = 1.0
 """After this, what the database could not do is tried again."""
 
@@ -208,16 +203,6 @@ class Broker:
                 self._take_out(tenant, role, known)
                 await self._unwatch(role, known)
 
-    async def send_retained(self, role: DeviceRole, subscription: Subscription) -> None:
-        """Send a new subscription the retained messages that it matches. Raises SessionLost, Unavailable."""
-        levels = subscription.filter.levels
-        topics = await self.messaging.retained_topics(role.tenant_id, _prefix(levels))
-        wanted = [topic for topic in topics if matches(levels, tuple(topic.split("/")))]
-        for start in range(0, len(wanted), RETAINED_AT_ONCE):
-            for each in await self.messaging.retained(role.tenant_id, wanted[start : start + RETAINED_AT_ONCE]):
-                if not await self._give_retained(role, subscription, each.device_id, each.message):
-                    return
-
     # Messages -------------------------------------------------------------------------------------------------------
 
     def publish(self, role: DeviceRole, message: Message, receipt: Receipt) -> asyncio.Future[Published]:
@@ -249,6 +234,28 @@ class Broker:
             self.server.counters.wills_lost += 1
             return
         future.add_done_callback(self._will_done)
+
+    async def enqueue(self, role: DeviceRole, ownership: Ownership, delivery: Delivery, kept: Retained) -> bool:
+        """Put a retained message into a stored session's queue; False: there is no room now.
+
+        Raises SessionLost, Unavailable.
+        """
+        packet_id = role.mqtt.reserve(delivery.message.size)
+        if isinstance(packet_id, Untaken):
+            return False
+        recipient = Recipient(
+            ownership.session_id,
+            delivery.qos,
+            True,
+            delivery.subscription_identifiers,
+            Reserved(ownership.epoch, packet_id),
+        )
+        publication = Publication(role.tenant_id, kept.device_id, kept.message)
+        try:
+            await self.messaging.enqueue(publication, Routing((recipient,), (), _Plan(delivery.message)))
+        except ResourceExhausted:
+            return False
+        return True
 
     # What the store asks (registry.messaging_values.Router) ---------------------------------------------------------
 
@@ -482,41 +489,6 @@ class Broker:
             case _:
                 pass
 
-    async def _give_retained(
-        self, role: DeviceRole, subscription: Subscription, device_id: DeviceId, kept: StoredMessage
-    ) -> bool:
-        """Whether the connection still lives and wants it."""
-        delivery = retained_delivery_of(from_store(kept), subscription)
-        while role.peer.alive and role.mqtt.subscriptions.get(subscription.filter.text) is subscription:
-            if role.ownership is None or delivery.qos is QoS.AT_MOST_ONCE:
-                if role.mqtt.deliver(delivery, self.server.now()) is not Untaken.QUEUE_FULL:
-                    role.peer.poke()
-                    return True
-            elif await self._enqueue(role, role.ownership, delivery, device_id, kept):
-                return True
-            await role.room(ROOM_SECONDS)
-        return False
-
-    async def _enqueue(
-        self, role: DeviceRole, ownership: Ownership, delivery: Delivery, device_id: DeviceId, kept: StoredMessage
-    ) -> bool:
-        packet_id = role.mqtt.reserve(delivery.message.size)
-        if isinstance(packet_id, Untaken):
-            return False
-        recipient = Recipient(
-            ownership.session_id,
-            delivery.qos,
-            True,
-            delivery.subscription_identifiers,
-            Reserved(ownership.epoch, packet_id),
-        )
-        publication = Publication(role.tenant_id, device_id, kept)
-        try:
-            await self.messaging.enqueue(publication, Routing((recipient,), (), _Plan(delivery.message)))
-        except ResourceExhausted:
-            return False
-        return True
-
     def _give_back(self, recipient: Recipient) -> None:
         role = self._served.get(recipient.session_id)
         if role is None or role.ownership is None or recipient.reserved is None:
@@ -642,18 +614,6 @@ class Broker:
                     await asyncio.sleep(AGAIN_SECONDS)
 
         self.server.track(self.server.loop.create_task(run(), name="mqtt broker"))
-
-
-def _prefix(levels: tuple[str, ...]) -> str:
-    """The filter up to its first wildcard: what every topic that it matches begins with."""
-    fixed: list[str] = []
-    for level in levels:
-        if level == "#":  # `sport/#` matches `sport` as well
-            return "/".join(fixed)
-        if level == "+":
-            return "/".join(fixed) + ("/" if fixed else "")
-        fixed.append(level)
-    return "/".join(fixed)
 
 
 def _relays(plan: _Plan) -> tuple[Relay, ...]:

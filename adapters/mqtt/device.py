@@ -74,6 +74,7 @@ from adapters.mqtt.machine_events import (
 )
 from adapters.mqtt.messages import snapshot_of, will_to_store
 from adapters.mqtt.provisioning import response_to
+from adapters.mqtt.retained import RetainedMessages
 from adapters.mqtt.session import Session
 from adapters.mqtt.session_values import Message, Receipt, Subscription, message_of_will
 from adapters.mqtt.topics import Filter, parse_filter, parse_name
@@ -268,6 +269,7 @@ class DeviceRole:
         self.brokered: dict[str, Subscription] = {}
         """Subscriptions among the granted topics that stand, by the text of their filter; the broker's to change."""
         self.downlinks = Downlinks(self)
+        self.retained = RetainedMessages(self)
         self._waiting: deque[tuple[Receipt, NewUplink]] = deque()
         self._retry: asyncio.TimerHandle | None = None
         self._pending: set[asyncio.Future[None]] = set()
@@ -410,6 +412,7 @@ class DeviceRole:
             self.downlinks.acknowledged(key)
         elif key > 0 and self.ownership is not None:
             self._follow(self.broker.messaging.delivered(self.ownership, key), None)
+        self.downlinks.room()
 
     def _received(self, packet_id: int, key: int) -> None:
         if key > 0 and self.ownership is not None:
@@ -764,13 +767,7 @@ class DeviceRole:
         if isinstance(target, Downlink):
             self.downlinks.opened(target, granted.subscription)
         elif isinstance(target, Brokered) and granted.send_retained:
-            self.peer.start(self._send_retained(granted.subscription))
-
-    async def _send_retained(self, subscription: Subscription) -> None:
-        try:
-            await self.broker.send_retained(self, subscription)
-        except RegistryError:
-            self.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
+            self.retained.owe(granted.subscription)
 
     def _unsubscribe(self, packet_id: int, subscriptions: Sequence[Subscription], now: float) -> None:
         for subscription in subscriptions:

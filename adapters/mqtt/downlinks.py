@@ -5,7 +5,8 @@
 
 Nothing of this is kept in the MQTT session: the core keeps commands until they are answered and the configuration for
 ever, and attaching brings what is unfinished (retained meaning, as CONTRACT §3 says; hence once for each SUBSCRIBE of a
-configuration). So a command is delivered at least once, in order, and known by its `command_id`; QoS 1 at most.
+configuration). So a command is delivered at least once, in order, and known by its `command_id`; QoS 1 at most. Where
+the connection has no room now, it is tried again: the first unfinished command, and the newest configuration only.
 
 A message's topic is spelled as the filter that asked for it: `devices/me/…` for who subscribed so, because clients
 hand messages out by matching their own filters.
@@ -13,6 +14,7 @@ hand messages out by matching their own filters.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from adapters.mqtt.authorization import COMMANDS, CONFIG, ME, Downlink
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from adapters.mqtt.device import DeviceRole
 
 AGAIN_SECONDS: Final = 2.0
-"""After a command could not be sent (QoS 0 to a peer that does not read) it is tried again."""
+"""What could not be sent (the session's queue is full, or the peer does not read) is tried again after this, or when
+a delivery of the session is done."""
 _JSON: Final = Properties(payload_format_indicator=1, content_type="application/json")
 
 
@@ -38,6 +41,8 @@ class Downlinks:
 
     def __init__(self, role: DeviceRole) -> None:
         self._role = role
+        self.waiting: set[_Line] = set()
+        """Those that could not send."""
         self._lines: dict[DeviceId, _Line] = {}
         self._keys = 0
 
@@ -64,6 +69,11 @@ class Downlinks:
         """A delivery of this key is done; whether it was one of ours."""
         return any(line.acknowledged(key) for line in self._lines.values())
 
+    def room(self) -> None:
+        """There may be room now for what could not be sent."""
+        for line in tuple(self.waiting):
+            line.room()
+
     def next_key(self) -> int:
         """A name for a delivery. Negative: the broker's are not."""
         self._keys -= 1
@@ -81,6 +91,9 @@ class _Line:
         self._commands: CommandAttachment | None = None
         self._config: ConfigAttachment | None = None
         self._in_flight: dict[int, CommandId] = {}
+        self._unsent: DeviceConfig | None = None
+        """The newest configuration, where there was no room for it."""
+        self._retry: asyncio.TimerHandle | None = None
 
     def opened(self, asked: Downlink, subscription: Subscription) -> None:
         self._subscribed[asked.filter.text] = asked, subscription
@@ -103,6 +116,7 @@ class _Line:
         if self._config is not None and self._way(CONFIG) is None:
             self._role.registry.device_configs.detach(self._config)
             self._config = None
+            self._forget_unsent()
         return not self._subscribed
 
     def detach(self) -> None:
@@ -112,6 +126,7 @@ class _Line:
         if self._config is not None:
             registry.device_configs.detach(self._config)
         self._commands = self._config = None
+        self._forget_unsent()
 
     def acknowledged(self, key: int) -> bool:
         command_id = self._in_flight.pop(key, None)
@@ -134,7 +149,24 @@ class _Line:
             self.acknowledged(key)
 
     def configure(self, config: DeviceConfig) -> None:
-        self._send(CONFIG, encode_config(config), self._owner.next_key())
+        self._forget_unsent()
+        taken = self._send(CONFIG, encode_config(config), self._owner.next_key())
+        if taken is Untaken.QUEUE_FULL or taken is Untaken.SLOW:
+            self._unsent = config
+            self._owner.waiting.add(self)
+            self._retry = self._role.server.loop.call_later(AGAIN_SECONDS, self.room)
+
+    def room(self) -> None:
+        """Try again what there was no room for."""
+        if self._unsent is not None:
+            self.configure(self._unsent)
+
+    def _forget_unsent(self) -> None:
+        self._unsent = None
+        self._owner.waiting.discard(self)
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
 
     def _again(self) -> None:
         if self._commands is None or self._in_flight:

@@ -1,0 +1,95 @@
+"""What comes down from the core to a session that has no room for it now: later, and the newest."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from adapters.mqtt.machine_limits import MqttLimits
+from adapters.mqtt.server_limits import ServerLimits
+from adapters.mqtt.wire_packets import Ack, Publish, Unsuback, Unsubscribe
+from adapters.mqtt.wire_reasons import PacketType, ReasonCode
+from tests.http_api import BASE, Api, api
+from tests.mqtt_devices import devices, silent
+from tests.mqtt_server import Client, Running, serving_mqtt
+from tests.nodes import until
+
+__all__ = ["api"]
+
+ROOM = 4
+
+
+@pytest.fixture
+async def mqtt(api: Api) -> AsyncIterator[Running]:
+    async with serving_mqtt(api, ServerLimits(machine=MqttLimits(queued_messages=ROOM))) as running:
+        yield running
+
+
+async def fill(sender: Client, receiver: Client) -> list[Publish]:
+    """As many messages as the receiver's queue takes, none of them acknowledged."""
+    for n in range(ROOM):
+        assert await sender.publish("site/a", b"%d" % n) is ReasonCode.SUCCESS
+    return [await receiver.expect(Publish) for _ in range(ROOM)]
+
+
+async def put_config(mqtt: Running, device_id: str, value: int) -> int:
+    async with mqtt.api.operator() as operator:
+        answer = await operator.put(f"{BASE}/devices/{device_id}/config", json={"config": {"interval": value}})
+    assert answer.status_code == 200, answer.text
+    version: int = answer.json()["version"]
+    return version
+
+
+async def test_a_configuration_for_a_full_session_comes_when_there_is_room_and_only_the_newest(mqtt: Running) -> None:
+    one, other = await devices(mqtt, 2)
+    async with mqtt.client() as sender, mqtt.client() as receiver:
+        await sender.connect(one)
+        await receiver.connect(other)
+        await receiver.subscribe("devices/me/config", "site/#")
+        assert (await receiver.message()).topic == "devices/me/config"
+        held = await fill(sender, receiver)
+        line = _only_line(mqtt, other.device_id)
+        for value in (10, 20, 30):
+            version = await put_config(mqtt, other.device_id, value)
+            await until(lambda version=version: line._unsent is not None and line._unsent.version == version)
+        await silent(receiver)
+        await receiver.send(Ack(PacketType.PUBACK, held[0].packet_id))
+        down = await receiver.message()
+        assert (down.topic, msgspec.json.decode(down.payload)) == (
+            "devices/me/config",
+            {"version": 4, "config": {"interval": 30}},
+        )
+        for each in held[1:]:
+            await receiver.send(Ack(PacketType.PUBACK, each.packet_id))
+        await silent(receiver)
+        assert not _role(mqtt, other.device_id).downlinks.waiting
+
+
+async def test_a_configuration_that_waits_is_forgotten_with_its_subscription(mqtt: Running) -> None:
+    one, other = await devices(mqtt, 2)
+    async with mqtt.client() as sender, mqtt.client() as receiver:
+        await sender.connect(one)
+        await receiver.connect(other)
+        await receiver.subscribe("devices/me/config", "site/#")
+        await receiver.message()
+        held = await fill(sender, receiver)
+        line = _only_line(mqtt, other.device_id)
+        await put_config(mqtt, other.device_id, 10)
+        await until(lambda: line._unsent is not None)
+        await receiver.send(Unsubscribe(7, ("devices/me/config",)))
+        await receiver.expect(Unsuback)
+        assert line._unsent is None
+        for each in held:
+            await receiver.send(Ack(PacketType.PUBACK, each.packet_id))
+        await silent(receiver)
+
+
+def _role(mqtt: Running, device_id: str):  # type: ignore[no-untyped-def]
+    return next(role for role in mqtt.server.devices.by_key.values() if str(role.own) == device_id)
+
+
+def _only_line(mqtt: Running, device_id: str):  # type: ignore[no-untyped-def]
+    (line,) = _role(mqtt, device_id).downlinks._lines.values()
+    return line

@@ -22,9 +22,8 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +36,8 @@ from edge.commands import cli_actor, sign_token
 from edge.config import Config
 from edge.demo_coap import HandshakeFailed
 from edge.demo_mqtt import NotConnected
-from edge.demo_steps import STEPS, Held, Listener, Site, Story, Unexpected
+from edge.demo_pastes import Hands, chapters, lay_out, variables
+from edge.demo_steps import STEPS, Listener, Site, Story, Unexpected
 from edge.serve import Server
 from edge.stop_signals import StopSignals
 from edge.terminal import complain, console, plain
@@ -76,6 +76,7 @@ async def tell(config: Config, *, once: bool) -> int:
             story = Story(site, stage, secrets.token_hex(3).upper())
             try:
                 await asyncio.to_thread(story.tell)
+                hands = None if once else await asyncio.to_thread(lay_out, story, config.data_dir)
             except (Unexpected, ConnectionClosed, NotConnected, HandshakeFailed, OSError, KeyError) as error:
                 complain(
                     f"the demo failed in step {stage.number}: {_reason(error)} (log: {config.data_dir / 'demo.log'})"
@@ -83,8 +84,8 @@ async def tell(config: Config, *, once: bool) -> int:
                 return FAILED
             stage.verbatim("")
             stage.heading(f"All {len(STEPS)} steps held.")
-            if not once:
-                _print_commands(stage, config, site, story.devices["thermometer"])
+            if hands is not None:
+                _print_commands(stage, config, story, hands)
                 signals.listen()
                 stage.heading("Serving. Ctrl-C stops.")
                 await signals.asked.wait()
@@ -134,62 +135,21 @@ class Stage:
         sys.stdout.flush()
 
 
-@dataclass(frozen=True, slots=True)
-class Paste:
-    """A command to be pasted. `endless`: it goes on until Ctrl-C, and belongs into a terminal of its own."""
-
-    what: str
-    command: str
-    endless: bool = False
-
-
-def pastes(data_dir: Path, gatehouse: str) -> Sequence[Paste]:
-    """Commands to try, in an order that makes sense; they use the variables that `variables` sets."""
-    curl = "curl -sS -w '\\n' --cacert \"$CA\""
-    operator = '-H "Authorization: Bearer $OPERATOR"'
-    device = '-H "Authorization: Bearer $DEVICE_KEY"'
-    json_body = "-H 'Content-Type: application/json'"
-    place = shlex.quote(str(data_dir))
-    return (
-        Paste("the device reports", f"""{curl} {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.5}}'"""),
-        Paste("what it reported", f'{curl} {operator} "$API/devices/$DEVICE_ID/readings?limit=3"'),
-        Paste(
-            "register another device",
-            f"""{curl} {operator} {json_body} "$API/devices" """
-            """-d '{"name": "Mine", "hardware_id": "HW-'$RANDOM$RANDOM'"}'""",
-        ),
-        Paste("who is connected", f'{curl} {operator} "$API/sessions"'),
-        Paste("all devices, from the command line", f"{gatehouse} device list --data-dir {place}"),
-        Paste("throw the device out", f'{gatehouse} device revoke "$DEVICE_ID" --data-dir {place}'),
-        Paste("it tries again: 401", f"""{curl} {device} {json_body} "$API/telemetry" -d '{{"temperature": 21.6}}'"""),
-        Paste("why?", f'{curl} {operator} "$API/devices/$DEVICE_ID/timeline?limit=5"'),
-        Paste("watch what happens", f'{curl} -N {operator} "$API/events/stream"', endless=True),
-    )
-
-
-def variables(config: Config, site: Site, device: Held) -> Sequence[tuple[str, str]]:
-    """What the commands need to know."""
-    return (
-        ("API", site.base),
-        ("CA", str(site.ca_chain)),
-        ("OPERATOR", site.operator_token),
-        ("DEVICE_ID", device.device_id),
-        ("DEVICE_KEY", device.api_key),
-    )
-
-
-def _print_commands(stage: Stage, config: Config, site: Site, device: Held) -> None:
+def _print_commands(stage: Stage, config: Config, story: Story, hands: Hands) -> None:
     stage.verbatim("")
     stage.heading("Try it from another terminal. Paste these lines first:")
     stage.verbatim("")
-    for name, value in variables(config, site, device):
+    for name, value in variables(story, hands):
         stage.verbatim(f"export {name}={shlex.quote(value)}")
     stage.verbatim("")
     stage.heading("Then, one by one:")
-    for paste in pastes(config.data_dir, _own_command()):
-        stage.verbatim(f"\n# {paste.what}{' (goes on until Ctrl-C)' if paste.endless else ''}")
-        stage.verbatim(paste.command)
-    stage.verbatim(f"\n# the API in a browser: {site.base.removesuffix(BASE)}/docs")
+    for chapter in chapters(config.data_dir, _own_command()):
+        stage.verbatim("")
+        stage.heading(chapter.title)
+        for paste in chapter.pastes:
+            stage.verbatim(f"\n# {paste.what}{' (goes on until Ctrl-C)' if paste.endless else ''}")
+            stage.verbatim(paste.command)
+    stage.verbatim(f"\n# the API in a browser: {story.site.base.removesuffix(BASE)}/docs")
     stage.verbatim("")
 
 

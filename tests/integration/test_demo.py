@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from edge import demo
 from edge.config import load
+from edge.demo_pastes import GATEWAY_FILE, chapters
 from edge.demo_steps import Step, Story, Unexpected
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +66,9 @@ def _serving_demo(place: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
                 lines.append(line)
                 if line.startswith("Serving."):
                     break
+            else:
+                assert process.stderr is not None
+                pytest.fail(f"{''.join(lines[-5:])}{process.stderr.read()}")
             yield process, "".join(lines)
         finally:
             process.kill()
@@ -109,46 +114,90 @@ def test_a_busy_port_is_replaced_and_mentioned(tmp_path: Path) -> None:
     assert (tmp_path / "d").is_dir()
 
 
-def test_the_printed_commands_work_when_pasted_and_ctrl_c_ends_it(tmp_path: Path) -> None:
-    bash = shutil.which("bash")
-    if bash is None or shutil.which("curl") is None:
-        pytest.skip("bash and curl are needed")
-    with _serving_demo(tmp_path) as (process, said):
-        exports = [line for line in said.splitlines() if line.startswith("export ")]
-        assert len(exports) == 5, said
-        pasted = dict(re.findall(r"^# (.+)\n((?:curl|\S*gatehouse).+)$", said, re.MULTILINE))
-        assert len(pasted) == len(demo.pastes(Path("d"), "gatehouse"))
-        gatehouse = f"{sys.executable} -m edge"
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """Somebody at a terminal, with what a serving demo has printed."""
 
-        def paste(what: str, seconds: float = 30) -> str:
-            command = re.sub(r"^\S*gatehouse(?= device)", gatehouse, pasted[what])
-            script = "\n".join([*exports, command])
-            try:
-                done = subprocess.run(
-                    [bash, "-c", script],
-                    capture_output=True, text=True, timeout=seconds, env=_environment(), cwd=tmp_path, check=False,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired as still_going:
-                return (still_going.stdout or b"").decode()
-            assert (done.returncode, done.stderr) == (0, "")
-            return done.stdout
+    place: Path
+    exports: list[str]
+    printed: dict[str, str]
 
-        assert '"uplink_id"' in paste("the device reports")
-        assert "21.5" in paste("what it reported")
-        assert '"api_key":"sk_live_' in paste("register another device").replace(" ", "")
-        assert '"sessions"' in paste("who is connected")
-        assert "Lab Bench Thermometer" in paste("all devices, from the command line")
-        assert "revoked " in paste("throw the device out")
-        assert "UNAUTHENTICATED" in paste("it tries again: 401")
-        assert "auth.refused" in paste("why?")
-        assert "id: " in paste("watch what happens (goes on until Ctrl-C)", seconds=1.5)
+    def paste(self, what: str, seconds: float = 30, *, fails: bool = False) -> str:
+        """What one of the printed commands says, on both streams if it is to fail; cut off after `seconds`."""
+        command = re.sub(r"^\S*gatehouse(?= device)", f"{sys.executable} -m edge", self.printed[what])
+        bash = shutil.which("bash")
+        assert bash is not None
+        try:
+            done = subprocess.run(
+                [bash, "-c", "\n".join([*self.exports, command])],
+                capture_output=True, text=True, timeout=seconds, env=_environment(), cwd=self.place, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as still_going:
+            return (still_going.stdout or b"").decode()
+        if fails:
+            return done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-        for _ in range(3):  # somebody is impatient
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    place = tmp_path_factory.mktemp("demo")
+    with _serving_demo(place) as (_, said):
+        pasted = dict(re.findall(r"^# ([^\n]+)\n(\S+ .+)$", said, re.MULTILINE))
+        commands = [paste for chapter in chapters(Path("d"), "gatehouse") for paste in chapter.pastes]
+        assert len(pasted) == len(commands), said
+        yield Shell(place, [line for line in said.splitlines() if line.startswith("export ")], pasted)
+
+
+def _needs(*programs: str) -> None:
+    missing = [name for name in ("bash", *programs) if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is needed")
+
+
+def test_the_commands_with_curl_work_when_pasted(shell: Shell) -> None:
+    _needs("curl")
+    assert '"uplink_id"' in shell.paste("the device reports")
+    assert "21.5" in shell.paste("what it reported")
+    assert '"api_key":"sk_live_' in shell.paste("register another device").replace(" ", "")
+    assert '"sessions"' in shell.paste("who is connected")
+    assert "Lab Bench Thermometer" in shell.paste("all devices, from the command line")
+    assert "revoked " in shell.paste("throw the device out")
+    assert "UNAUTHENTICATED" in shell.paste("it tries again: 401")
+    assert "auth.refused" in shell.paste("why?")
+    assert "id: " in shell.paste("watch what happens (goes on until Ctrl-C)", seconds=1.5)
+
+
+def test_the_commands_with_mosquittos_clients_work_when_pasted(shell: Shell) -> None:
+    _needs("curl", "mosquitto_pub", "mosquitto_sub")
+    assert (shell.place / "gatehouse-data" / GATEWAY_FILE).stat().st_mode & 0o777 == 0o600
+    assert shell.paste("the gateway reports; it comes back when that is stored") == ""
+    assert '"value":24.5' in shell.paste("what the gateway reported")
+    assert '"status":"queued"' in shell.paste("a command for it, waiting")
+    assert '"method":"fan.on"' in shell.paste("the gateway fetches it")
+    assert "denied" in shell.paste("a foreign topic: refused", fails=True)
+    assert "revoked " in shell.paste("throw the gateway out")
+    assert "not authorised" in shell.paste("it tries again: not authorised", fails=True)
+
+
+def test_the_commands_with_libcoaps_client_work_when_pasted(shell: Shell) -> None:
+    _needs("curl", "coap-client-openssl")
+    assert "2.04" in shell.paste("the meter reports", fails=True)  # what it says about its packets is not its result
+    assert '"value":0.42' in shell.paste("what the meter reported")
+    assert '{"version":1,"config":{}}' in shell.paste("its configuration")
+    assert "</telemetry>" in shell.paste("what else it may ask")
+    assert "revoked " in shell.paste("throw the meter out")
+    assert "bad record mac" in shell.paste("it tries again: no handshake", fails=True)
+
+
+def test_ctrl_c_ends_it_also_for_the_impatient(tmp_path: Path) -> None:
+    with _serving_demo(tmp_path) as (process, _):
+        for _ in range(3):
             process.send_signal(signal.SIGINT)
             time.sleep(0.04)
-        assert process.wait(timeout=30) == 0
         assert process.stderr is not None
-        assert process.stderr.read() == ""
+        assert (process.wait(timeout=30), process.stderr.read()) == (0, "")
 
 
 async def test_a_step_that_does_not_hold_ends_the_demo_with_1_and_one_line(

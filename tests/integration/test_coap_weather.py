@@ -25,6 +25,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -137,27 +138,35 @@ async def rows(coap: Running) -> Counter[tuple[str, str, int]]:
 
 @pytest.mark.timeout(600)
 async def test_libcoaps_client_comes_through_bad_weather(coap: Running) -> None:
+    """It gives a handshake up after its fourth timeout, whatever came between: then it is started again, as a device
+    would begin again. The message id keeps what was stored before from being stored twice."""
     program = shutil.which("coap-client-openssl")
     if program is None:
         pytest.skip("coap-client-openssl is not installed; tests/parts.sh installs it")
     key = "fedcba9876543210fedcba9876543210"  # libcoap takes it as text
-    psk = {"identity": "meter-1", "key": base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")}
-    device_id = (await coap.api.registered(credential_type="psk", psk=psk))["device_id"]
-    runs = max(4, DEVICES // 10)
+    known: list[str] = []
+    for number in range(max(4, DEVICES // 10)):
+        psk = {"identity": f"meter-{number}", "key": base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")}
+        made = await coap.api.registered(f"HW-{number}", credential_type="psk", psk=psk)
+        known.append(made["device_id"])
 
     async def once(path: BadPath, number: int) -> None:
-        body = ("-t", "50", "-e", f'{{"main.r": {number}}}', f"coaps://127.0.0.1:{path.port}/telemetry")
-        process = await asyncio.create_subprocess_exec(
-            program, "-B", "90", "-u", "meter-1", "-k", key, "-m", "post", *body
-        )
+        address = f"coaps://127.0.0.1:{path.port}/telemetry?message_id=first"
+        options = ("-B", "90", "-u", f"meter-{number}", "-k", key, "-m", "post", "-t", "50", "-v", "0")
+        process = await asyncio.create_subprocess_exec(program, *options, "-e", f'{{"main.r": {number}}}', address)
         try:
-            assert await asyncio.wait_for(process.wait(), 120) == 0
+            await asyncio.wait_for(process.wait(), 120)
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
 
+    expected = Counter({(device_id, "main.r", number): 1 for number, device_id in enumerate(known)})
+    rounds, missing = 0, expected
     async with bad_path(coap.port, BAD, SEED) as path:
-        await asyncio.gather(*(once(path, number) for number in range(runs)))
-    assert await rows(coap) == Counter({(device_id, "main.r", number): 1 for number in range(runs)})
+        while missing and rounds < 5:
+            await asyncio.gather(*(once(path, number) for _, _, number in missing))
+            missing, rounds = expected - await rows(coap), rounds + 1
+    print(f"\n{len(known)} runs of {Path(program).name}, {rounds} rounds; {path.lost} datagrams lost")
+    assert await rows(coap) == expected
     assert path.lost > 0

@@ -25,6 +25,7 @@ from enum import Enum, auto
 from hashlib import sha256
 from typing import Final
 
+import msgspec
 from aiocoap.numbers.codes import Code
 
 from adapters.coap.limits import CoapCounters, CoapLimits
@@ -40,8 +41,7 @@ PeerKey = int
 """Whose it is; unique among the living peers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(msgspec.Struct, frozen=True, gc=False):
     """What a body belongs to, at one peer."""
 
     peer: PeerKey

@@ -5,6 +5,8 @@ Theory
     Association ──received()──► PeerMachine ──RequestReceived──► a task: Handler.handle ──► respond ──► Association.send
                                     ▲ one heap of timers for all peers, one call_later of the event loop
 
+    A handler that knows its answer at once, or when one future is done, says so by a `Prompt`: then there is no task.
+
     open(held=True) ──► HELD: requests wait, bounded ──admit()──► SERVING
                             └──refuse(response): each waiting and each further request gets it, and nothing else
 
@@ -25,6 +27,7 @@ import heapq
 import logging
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
 from itertools import count
 from random import Random, SystemRandom
 from typing import Any, Final, Protocol, assert_never
@@ -35,7 +38,7 @@ from aiocoap.numbers.codes import Code
 from adapters.coap.limits import CoapCounters, CoapLimits
 from adapters.coap.messages import LocalProtocolError
 from adapters.coap.peer import Memory, NotificationArrived, ObservationEnded, PeerMachine, RequestReceived
-from adapters.coap.ports import Handler, Response
+from adapters.coap.ports import Handler, Promise, Prompt, Response
 
 log: Final = logging.getLogger(__name__)
 
@@ -129,17 +132,19 @@ class CoapEndpoint:
         counters: CoapCounters | None = None,
         now: Callable[[], float] | None = None,
         random: Random | None = None,
+        prompt: Prompt | None = None,
     ) -> None:
         self.limits = limits if limits is not None else CoapLimits()
         self.counters = counters if counters is not None else CoapCounters()
         self._handler = handler
+        self._prompt = prompt
         self._loop = asyncio.get_running_loop()
         self._now = now if now is not None else self._loop.time
         self._random: Random = random if random is not None else SystemRandom()
         self._memory = Memory(self.limits, self.counters)
         self._keys = count(1)
         self._peers: dict[str, EndpointPeer] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: set[asyncio.Future[Any]] = set()  # tasks, and the futures of promises
         self._timers: list[tuple[float, int, EndpointPeer | None]] = []
         self._order = count()
         self._wakeup: asyncio.TimerHandle | None = None
@@ -190,9 +195,10 @@ class CoapEndpoint:
             return
         peer.state = PeerState.SERVING
         held, peer._held = peer._held, []
+        now = self._now()
         for event in held:
-            self._serve(peer, event)
-        self._work(peer, self._now())
+            self._serve(peer, event, now)
+        self._work(peer, now)
 
     def refuse(self, peer: EndpointPeer, response: Response) -> None:
         """Answer with this whatever a held peer has asked, and whatever it asks from now on. It stays open."""
@@ -210,15 +216,15 @@ class CoapEndpoint:
 
     async def drain(self, seconds: float) -> None:
         """Let the handlers at work finish, for so long at most; then cancel the rest, and forget every peer."""
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=seconds)
+        if self._serving:
+            await asyncio.wait(set(self._serving), timeout=seconds)
         for association_id in list(self._peers):
             self.close(association_id)
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.gather(*tasks, return_exceptions=True)
+        serving = list(self._serving)
+        for each in serving:
+            each.cancel()
+        if serving:
+            await asyncio.gather(*serving, return_exceptions=True)
         if self._wakeup is not None:
             self._wakeup.cancel()
             self._wakeup = None
@@ -231,6 +237,8 @@ class CoapEndpoint:
         machine = peer._machine
         while (event := machine.next_event()) is not None:
             match event:
+                case RequestReceived() if peer.state is PeerState.SERVING:
+                    self._serve(peer, event, now)
                 case RequestReceived():
                     self._on_request(peer, event, now)
                 case NotificationArrived(receipt=receipt):
@@ -256,7 +264,7 @@ class CoapEndpoint:
     def _on_request(self, peer: EndpointPeer, event: RequestReceived, now: float) -> None:
         match peer.state:
             case PeerState.SERVING:
-                self._serve(peer, event)
+                self._serve(peer, event, now)
             case PeerState.HELD:
                 if len(peer._held) < self.limits.held_requests:
                     peer._held.append(event)
@@ -270,14 +278,27 @@ class CoapEndpoint:
             case _:
                 assert_never(peer.state)
 
-    def _serve(self, peer: EndpointPeer, event: RequestReceived) -> None:
-        if len(self._tasks) >= self.limits.requests:
-            self._busy(peer, event, self._now())
+    def _serve(self, peer: EndpointPeer, event: RequestReceived, now: float) -> None:
+        if len(self._serving) >= self.limits.requests:
+            self._busy(peer, event, now)
             return
-        task = self._loop.create_task(self._handle(peer, event))
-        self._tasks.add(task)
+        promise: Promise | Response | None = None
+        if self._prompt is not None and event.observation is None:
+            try:
+                promise = self._prompt(peer, event.request)
+            except Exception:
+                promise = self._failed("coap.handler_failed", peer)
+        if type(promise) is Response:
+            self._respond(peer, event.exchange, promise, now)
+        elif type(promise) is Promise:
+            self._begin(promise.future, partial(self._kept, peer, event.exchange, promise.answer))
+        else:
+            self._begin(self._loop.create_task(self._handle(peer, event)), self._handled)
+
+    def _begin(self, serving: asyncio.Future[Any], done: Callable[[asyncio.Future[Any]], None]) -> None:
+        self._serving.add(serving)
         self.counters.serving += 1
-        task.add_done_callback(self._handled)
+        serving.add_done_callback(done)
 
     def _busy(self, peer: EndpointPeer, event: RequestReceived, now: float) -> None:
         self.counters.busy += 1
@@ -291,14 +312,36 @@ class CoapEndpoint:
         except Exception:
             response = self._failed("coap.handler_failed", peer)
         now = self._now()
-        try:
-            peer._machine.respond(event.exchange, response, now)
-        except Exception:  # a response that cannot be written: the exchange is still open
-            peer._machine.respond(event.exchange, self._failed("coap.response_failed", peer), now)
+        self._respond(peer, event.exchange, response, now)
         self._work(peer, now)
 
-    def _handled(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _kept(
+        self,
+        peer: EndpointPeer,
+        exchange: int,
+        answer: Callable[[asyncio.Future[Any]], Response],
+        future: asyncio.Future[Any],
+    ) -> None:
+        self._serving.discard(future)
+        self.counters.serving -= 1
+        if future.cancelled():  # the end of the drain
+            return
+        try:
+            response = answer(future)
+        except Exception:
+            response = self._failed("coap.handler_failed", peer)
+        now = self._now()
+        self._respond(peer, exchange, response, now)
+        self._work(peer, now)
+
+    def _respond(self, peer: EndpointPeer, exchange: int, response: Response, now: float) -> None:
+        try:
+            peer._machine.respond(exchange, response, now)
+        except Exception:  # a response that cannot be written: the exchange is still open
+            peer._machine.respond(exchange, self._failed("coap.response_failed", peer), now)
+
+    def _handled(self, task: asyncio.Future[Any]) -> None:
+        self._serving.discard(task)
         self.counters.serving -= 1
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("coap.task_failed", exc_info=error)

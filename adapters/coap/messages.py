@@ -7,16 +7,14 @@ is no error here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
 Options = tuple[tuple[int, bytes], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True, gc=False):
     """One datagram's worth. `options` are (number, value) pairs in ascending order of number."""
 
     type: Type
@@ -27,8 +25,7 @@ class Message:
     payload: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True, gc=False):
     """As much of a broken message as is needed to reject it."""
 
     type: Type

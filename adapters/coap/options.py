@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from aiocoap.numbers.codes import Code
 from aiocoap.numbers.optionnumbers import OptionNumber
 
@@ -112,8 +113,7 @@ class Block:
         return encode_uint(self.number << 4 | self.more << 3 | self.exponent)
 
 
-@dataclass(slots=True)
-class RequestOptions:
+class RequestOptions(msgspec.Struct, gc=False):
     """The options of one request. Filled here, read only afterwards."""
 
     path: tuple[str, ...] = ()

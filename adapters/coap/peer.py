@@ -33,10 +33,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
 from random import Random
 from typing import Final, TypeAlias
 
+import msgspec
 from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
@@ -79,8 +79,7 @@ _REGISTER: Final = 0
 _DEREGISTER: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
-class RequestReceived:
+class RequestReceived(msgspec.Struct, frozen=True, gc=False):
     """A whole request. Owed: `respond(exchange, …)`. `observation`: its number, if the client offers one."""
 
     exchange: int
@@ -88,16 +87,14 @@ class RequestReceived:
     observation: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class NotificationArrived:
+class NotificationArrived(msgspec.Struct, frozen=True):
     """The client has acknowledged the notification that was given with this receipt."""
 
     observation: int
     receipt: Hashable
 
 
-@dataclass(frozen=True, slots=True)
-class ObservationEnded:
+class ObservationEnded(msgspec.Struct, frozen=True):
     """An accepted observation ended, not by the caller."""
 
     observation: int

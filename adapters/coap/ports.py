@@ -9,15 +9,15 @@ into Block2 by itself. A handler never sees a message id, a block number or a re
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 from aiocoap.numbers.codes import Code
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, gc=False):
     """One whole request."""
 
     method: Code
@@ -31,8 +31,7 @@ class Request:
     etags: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
+class Response(msgspec.Struct, frozen=True, gc=False):
     """One whole response or notification."""
 
     code: Code
@@ -81,6 +80,19 @@ class Peer(Protocol):
 
     context: Any
     """The handler's own; None at first."""
+
+
+class Promise(msgspec.Struct, frozen=True):
+    """An answer that hangs on a future alone; the message layer needs no task to wait for it."""
+
+    future: asyncio.Future[Any]
+    answer: Callable[[asyncio.Future[Any]], Response]
+    """What the future, which is done and not cancelled, says in CoAP's words. What it raises is a 5.00 and our bug."""
+
+
+Prompt = Callable[["Peer", Request], "Promise | Response | None"]
+"""Asked first about every request that offers no observation; None leaves it to `Handler.handle`, and nothing has
+happened then. Must not wait. What it raises is a 5.00 and our bug."""
 
 
 class Handler(Protocol):

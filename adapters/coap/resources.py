@@ -38,7 +38,7 @@ from adapters.coap.discovery import LINK_FORMAT, WELL_KNOWN_CORE, Link, link_for
 from adapters.coap.downlinks import CommandObserver, ConfigObserver, command_response, config_response, config_tag
 from adapters.coap.errors import Unserved, error_response, not_found
 from adapters.coap.est import Est, EstServe
-from adapters.coap.ports import Observation, Peer, Request, Response
+from adapters.coap.ports import Observation, Peer, Promise, Request, Response
 from adapters.provisioning import Provisioning
 from adapters.uplink_payloads import enveloped, payload_in
 from registry.commands import response_from
@@ -54,10 +54,13 @@ from registry.errors import (
 from registry.model import CommandId, Contact, SessionId, Transport
 from registry.payloads import TELEMETRY, NewUplink, Payload, PayloadTooLarge, Source, telemetry_from, uplink_from
 from registry.rate_limits import RateLimiter
+from registry.sessions import Session
+from registry.uplinks import StoredUplink
 
 _CHANGED: Final = Response(Code.CHANGED)
 _KINDS: Final = {"telemetry": TELEMETRY, "events": "event", "health": "health", "components": "components"}
 """What is sent to a path of its own, and the kind that it is stored as; as over MQTT."""
+_UPLINKS: Final = frozenset((*_KINDS, "uplink"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Resources:
         json_cbor = (formats.JSON, formats.CBOR)
         self._resources: dict[tuple[str, ...], _Resource] = {
             (path,): _Resource({Code.POST: self._uplink}, Link((path,), content_formats=json_cbor), device)
-            for path in (*_KINDS, "uplink")
+            for path in (*_KINDS, "uplink")  # _UPLINKS, in the order in which they are shown
         }
         self._resources |= {
             ("config",): _Resource(
@@ -160,6 +163,21 @@ class Resources:
             )
         self._command = _Resource({Code.POST: self._answer_command}, Link(("commands", "*")), ())
 
+    def prompt(self, peer: Peer, request: Request) -> Promise | Response | None:
+        """The uplinks of admitted devices, which are nearly all that is ever asked (ports.Prompt)."""
+        guest: Guest = peer.context
+        role = guest.role
+        if not isinstance(role, Device) or role.session.closed:
+            return None
+        if request.method is not Code.POST or len(request.path) != 1 or request.path[0] not in _UPLINKS:
+            return None
+        role.session.last_active = self._loop.time()
+        try:
+            self._spend(role)
+            return Promise(self._submit(request, role.session), self._stored)
+        except (RegistryError, Unserved) as error:
+            return error_response(error, uuid4().hex)
+
     async def handle(self, peer: Peer, request: Request, observation: Observation | None) -> Response:
         """Answer one request (ports.Handler)."""
         guest: Guest = peer.context
@@ -188,11 +206,12 @@ class Resources:
         if not isinstance(role, Device):
             return
         identity, now = role.session.identity, self._loop.time()
-        wait = self._keys.take(identity.credential_id, now)
+        # As integers: a UUID is hashed in Python, several times for each request.
+        wait = self._keys.take(identity.credential_id.int, now)
         if wait is not None:
             self._counters.key_requests += 1
             raise ResourceExhausted("too many requests with one credential", retry_after=wait)
-        wait = self._tenants.take(identity.tenant_id, now)
+        wait = self._tenants.take(identity.tenant_id.int, now)
         if wait is not None:
             self._counters.tenant_requests += 1
             raise ResourceExhausted("too many requests of one tenant's devices", retry_after=wait)
@@ -200,20 +219,35 @@ class Resources:
     # -- up --------------------------------------------------------------------------------------------------------
 
     async def _uplink(self, asked: Asked) -> Response:
-        session = asked.device.session
-        counters = self._counters
+        future = self._submit(asked.request, asked.device.session)
+        await asyncio.wait((future,))
+        return self._stored(future)
+
+    def _submit(self, request: Request, session: Session) -> asyncio.Future[StoredUplink]:
         try:
-            uplink = self._read_uplink(asked.request, Source.of(session.identity, Transport.COAP))
-            stored = await self._registry.uplinks.submit(uplink)
+            uplink = self._read_uplink(request, Source.of(session.identity, Transport.COAP))
         except InvalidArgument as error:
-            counters.rejected += 1
-            counters.too_large += isinstance(error, PayloadTooLarge)
+            self._reject(error)
             raise
+        return self._registry.uplinks.submit(uplink)
+
+    def _stored(self, future: asyncio.Future[StoredUplink]) -> Response:
+        """2.04 for what is committed."""
+        try:
+            stored = future.result()
+        except RegistryError as error:
+            if isinstance(error, InvalidArgument):
+                self._reject(error)
+            return error_response(error, uuid4().hex)
         if stored.duplicate:
-            counters.duplicate += 1
+            self._counters.duplicate += 1
         else:
-            counters.stored += 1
+            self._counters.stored += 1
         return _CHANGED
+
+    def _reject(self, error: InvalidArgument) -> None:
+        self._counters.rejected += 1
+        self._counters.too_large += isinstance(error, PayloadTooLarge)
 
     def _read_uplink(self, request: Request, source: Source) -> NewUplink:
         name = request.path[0]

@@ -70,7 +70,8 @@ class CoapServer:
         self.limits = limits or ServerLimits()
         self.counters = ServerCounters()
         self.admission = Admission(registry, self.limits, self.counters)
-        self._endpoint = CoapEndpoint(Resources(self.admission, provisioning), coap_limits)
+        resources = Resources(self.admission, provisioning)
+        self._endpoint = CoapEndpoint(resources, coap_limits, prompt=resources.prompt)
         self._listener = DtlsListener(self, context, limits=dtls_limits)
         self._guests: dict[str, Guest] = {}
 

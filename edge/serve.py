@@ -44,7 +44,7 @@ from adapters.mqtt.websocket import SUBPROTOCOL, WebSockets
 from adapters.provisioning import Endpoint, Provisioning
 from adapters.tls.admission import TlsCounters, TlsLimits
 from adapters.tls.context import ServerCredentials, TlsContext
-from edge import logs
+from edge import garbage, logs
 from edge.config import Coap, Config, Https, Mqtt, Ops
 from edge.metrics import Metrics
 from edge.ops import CheckResult, OpsServer
@@ -455,6 +455,7 @@ async def serve(config: Config) -> int:
             return 0
         asking.cancel()
         ports = await starting
+        garbage.settle()
         sys.stdout.write(msgspec.json.encode({"ready": ports}).decode() + "\n")
         sys.stdout.flush()
         await signals.asked.wait()

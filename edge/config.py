@@ -187,6 +187,13 @@ class Mqtt(Section, frozen=True, kw_only=True):
     queued_bytes: Annotated[
         int, Meta(ge=1024, le=1 << 30, description="The same in bytes, so that few large ones cannot fill the memory.")
     ] = 1 << 20
+    full_queue_seconds: Annotated[
+        Annotated[float, Meta(ge=0, le=604_800)],
+        Meta(
+            description="A session with a full queue that takes nothing refuses every message of its topics, for all "
+            "receivers. After so long it is ended with what it holds, and told so (0x97). 0: only when it expires.",
+        ),
+    ] = 10.0
     subscriptions: Annotated[
         int, Meta(ge=1, le=100_000, description="Filters of one session. A gateway needs one or two for each child.")
     ] = 128

@@ -266,7 +266,11 @@ class Server:
             NodeId(config.node.id),
             clock=time.time,
             random=os.urandom,
-            limits=MessagingLimits(queued_messages=config.mqtt.queued_messages, queued_bytes=config.mqtt.queued_bytes),
+            limits=MessagingLimits(
+                queued_messages=config.mqtt.queued_messages,
+                queued_bytes=config.mqtt.queued_bytes,
+                full_queue_seconds=config.mqtt.full_queue_seconds,
+            ),
         )
         self._mqtt = server = MqttServer(
             core.registry, messaging, provisioning, context, limits=_mqtt_limits(config), tls_limits=_tls_limits(config)

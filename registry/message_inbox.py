@@ -78,8 +78,8 @@ class MessageInbox:
                 evicted = await sessions.take_evictions(connection, self._node_id)
                 relayed = await storage.relays(connection, self._node_id, self._undeleted, _SLICE)
                 rows = await storage.waiting(connection, self._node_id, self._held_back, _SLICE)
-            for ownership in evicted:
-                self._router.evicted(ownership)
+            for ownership, full in evicted:
+                self._router.evicted(ownership, full=full)
             if relayed or self._undeleted:
                 await self._hand_over(relayed)
             if rows:

@@ -13,6 +13,7 @@ The adapter matches filters and runs the protocol; this package stores, and tell
   with it, its outgoing packet id before it is sent, its PUBREC before the PUBREL.
 - Sessions that end with their connection live in their node's memory. Messages for them cross nodes by relay rows; a
   node that dies takes its sessions along, and nothing is owed to them any more.
+- A session that takes nothing while its queue is full is ended after a grace, and told so: it must not stop its topics.
 - Tenants do not meet: routes, queues, retained messages and limits are each tenant's own.
 - A stale owner, of a session or of a whole node, writes nothing: every write carries the session's epoch.
 
@@ -40,6 +41,7 @@ from registry.delivery_progress import DeliveryProgress, Kind, Step
 from registry.errors import RegistryError, Unavailable
 from registry.events import Event, EventKind
 from registry.feed import Seen
+from registry.full_queues import Standstill
 from registry.grant_table import GrantTable
 from registry.message_inbox import MessageInbox
 from registry.message_routes import KEEP_REMOVED_SECONDS, MessageRoutes
@@ -113,6 +115,7 @@ class Messaging:
         self._dropped: set[DeviceId] = set()
         self._swept: UUID = UUID(int=0)
         self._relays_dropped = 0
+        self._ended_full = 0
         self.grants = GrantTable(database)
 
     # Life ---------------------------------------------------------------------------------------------------------
@@ -141,6 +144,7 @@ class Messaging:
             limits=self._limits,
             hint=self._hint,
             held_back=self._inbox.held_back,
+            overdue=self._overdue,
             observe=self._observe,
         )
         await self._clear_up_after(self.node_id)
@@ -183,6 +187,11 @@ class Messaging:
     def overflowed(self) -> int:
         """Publications refused because a queue had no room, since the start."""
         return self._publishing.overflowed
+
+    @property
+    def ended_full(self) -> int:
+        """Sessions that this node ended because their queues stayed full, since the start."""
+        return self._ended_full
 
     @property
     def relays_dropped(self) -> int:
@@ -399,6 +408,17 @@ class Messaging:
             await self._sessions.drop_forfeited(devices)
         except Unavailable:
             pass  # the sweep comes, and whoever takes one of these sessions looks as well
+
+    def _overdue(self, still: Standstill) -> None:
+        self._spawn(self._end_full(still), "messaging full queue")
+
+    async def _end_full(self, still: Standstill) -> None:
+        try:
+            if await self._sessions.end_full(still):
+                self._ended_full += 1
+                log.warning("messaging.session_ended_full", extra={"fields": {"session": still.session_id}})
+        except Unavailable:
+            pass  # the next publication finds it full again
 
     # Hints --------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,9 @@ class MessagingLimits:
     whole when its client comes back. An adapter's own bound for a session must be no lower, or messages wait."""
     queued_bytes: int = 1_048_576
     """The same in bytes."""
+    full_queue_seconds: float = 10.0
+    """How long a session whose queue is full, and which takes nothing, may hold up the senders of its topics before it
+    is ended (full_queues.py). 0: until it expires."""
     tenant_messages: int = 1_000_000
     """In all queues of a tenant together, judged by a figure that is some seconds old: one tenant must not fill the
     disk of all."""

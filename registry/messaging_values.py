@@ -345,9 +345,10 @@ class Router(Protocol):
     def arrived(self, arrival: Arrival) -> None:
         """A relayed message for sessions of this node. Called once for each, in the order of one sender."""
 
-    def evicted(self, ownership: Ownership) -> None:
+    def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         """The session was taken over elsewhere, dropped, or its memory may differ from the store: close its connection
-        at once and publish no will from memory. `release` it as after any loss; `SessionLost` is then no surprise."""
+        at once and publish no will from memory. `release` it as after any loss; `SessionLost` is then no surprise.
+        `full`: it was ended because its queue stayed full."""
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         """The topic grants of a profile are other ones now: judge live sessions again, then offline and retained."""

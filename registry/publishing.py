@@ -10,7 +10,7 @@ Invariants
 - A future that resolves to `Published` means that the message is committed in the queue of every stored session that
   subscribed before, and on its way to every node with sessions that are not stored: acknowledge it now.
 - All or nothing for each publication: if one receiver has no room, nobody gets it and the sender is told (`QueueFull`,
-  MQTT's 0x97). A receiver that never comes back thus stops a topic until its session expires; the operator sees it.
+  MQTT's 0x97). A receiver that takes nothing stops its topics for a while, then its session ends (full_queues.py).
 - A QoS 2 id is stored in the transaction of its message, and only by the session's present owner: whoever restores
   the session finds both or none.
 - One batch at a time, so messages of one sender are committed, queued and delivered in their order.
@@ -33,6 +33,7 @@ from uuid import UUID
 
 from registry.batching import Batcher
 from registry.errors import InvalidArgument, ResourceExhausted, Unavailable
+from registry.full_queues import FullQueues, Standstill
 from registry.message_routes import RETRY_PAUSES, MessageRoutes
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import (
@@ -91,6 +92,7 @@ class _Batch:
     writes: Writes = field(default_factory=Writes)
     touched: set[StoredSessionId] = field(default_factory=set)
     queued: list[tuple[TenantId, int, int]] = field(default_factory=list)
+    overdue: set[Standstill] = field(default_factory=set)
 
 
 class Publishing:
@@ -108,6 +110,7 @@ class Publishing:
         limits: MessagingLimits,
         hint: Callable[[set[NodeId]], None],
         held_back: Callable[[StoredSessionId], bool],
+        overdue: Callable[[Standstill], None],
         observe: Callable[[int, float], None] | None = None,
     ) -> None:
         self._database = database
@@ -119,6 +122,8 @@ class Publishing:
         self._limits = limits
         self._hint = hint
         self._held_back = held_back
+        self._overdue = overdue
+        self._full = FullQueues(limits.full_queue_seconds)
         self.tenant_queues: dict[TenantId, tuple[int, int]] = {}
         """Messages and bytes in the queues of each tenant, some seconds old, with what this node has added since."""
         self.overflowed = 0
@@ -222,6 +227,9 @@ class Publishing:
                 self._router.abandoned(item.publication, routing)
             if isinstance(outcome, QueueFull):
                 self.overflowed += 1
+        for still in batch.overdue:
+            self._full.forget(still.session_id)
+            self._overdue(still)
         for tenant_id, messages, size in batch.queued:
             before = self.tenant_queues.get(tenant_id, (0, 0))
             self.tenant_queues[tenant_id] = (before[0] + messages, before[1] + size)
@@ -270,7 +278,7 @@ class Publishing:
         found = [(r, held.sessions.get(r.session_id)) for r in routing.recipients]
         living = [(r, s) for r, s in found if s is not None and s.key.tenant_id == publication.tenant_id]
         living_ids = {s.session_id for _, s in living}
-        refusal = self._no_room(publication, living) or self._no_retention(item, held)
+        refusal = self._no_room(item, living, batch) or self._no_retention(item, held)
         if refusal is not None:
             return refusal
         self._retain(item, held, batch)
@@ -324,14 +332,25 @@ class Publishing:
         return Placement(session.session_id, session.last_ordinal, packet_id)
 
     def _no_room(
-        self, publication: Publication, living: Sequence[tuple[Recipient, Locked]]
+        self, item: _Item, living: Sequence[tuple[Recipient, Locked]], batch: _Batch
     ) -> ResourceExhausted | None:
-        limits, size = self._limits, publication.message.size
-        for _, session in living:
-            if session.queued_messages >= limits.queued_messages:
-                return QueueFull(f"a subscriber's queue has its {limits.queued_messages} messages", retry_after=5.0)
-            if session.queued_bytes + size > limits.queued_bytes:
-                return QueueFull(f"a subscriber's queue has its {limits.queued_bytes} bytes", retry_after=5.0)
+        limits, publication = self._limits, item.publication
+        size = publication.message.size
+        if living and size > limits.queued_bytes:
+            return QueueFull(f"a subscriber's queue takes {limits.queued_bytes} bytes; the message has {size}")
+        full = [
+            session
+            for _, session in living
+            if session.queued_messages >= limits.queued_messages or session.queued_bytes + size > limits.queued_bytes
+        ]
+        for session in full if item.routing is None else ():  # what a session is sent for itself holds up nobody else
+            overdue = self._full.seen(session, self._clock())
+            if overdue is not None:
+                batch.overdue.add(overdue)
+        if full:
+            what = "messages" if full[0].queued_messages >= limits.queued_messages else "bytes"
+            most = limits.queued_messages if what == "messages" else limits.queued_bytes
+            return QueueFull(f"a subscriber's queue has its {most} {what}", retry_after=5.0)
         if not living:
             return None
         messages, held = self.tenant_queues.get(publication.tenant_id, (0, 0))

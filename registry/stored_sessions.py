@@ -4,7 +4,8 @@
     (none) ───────────────► served by a node, epoch n ─────────────────────► waiting, expires_at runs
                                 │        ▲        │ node dies: orphaned ─────────►│
                                 │ take elsewhere: epoch n+1                       │ take: epoch n+1
-                                └────────┘ the loser is evicted                   │ expired, clean start, end
+                                └────────┘ the loser is evicted                   │ expired, clean start, end,
+                                                                                  │ its queue stayed full
                                                                                   ▼
                                      revoked, device inactive or deleted ─────► (none)
 
@@ -29,9 +30,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from registry.errors import ResourceExhausted
+from registry.events import EventKind, NewEvent
+from registry.full_queues import Standstill
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import Opening, Ownership, SessionLost, StoredSessionId, Taken
-from registry.model import DeviceId, NodeId
+from registry.model import Actor, DeviceId, NodeId, Transport
+from registry.storage import events
 from registry.storage import messaging_sessions as storage
 from registry.storage.commits import certain_transaction
 from registry.storage.database import Connection, Database
@@ -149,6 +153,40 @@ class StoredSessions:
             routed = await storage.remove(connection, {session.session_id: session.key.tenant_id})
         if routed:
             self._hint_all()
+
+    async def end_full(self, still: Standstill) -> bool:
+        """End a session whose queue stayed full, if it stands where it stood; its will is due. May be repeated.
+
+        Its owner, on any node, is told; the operator finds it among the device's events.
+        """
+        async with certain_transaction(self._database) as connection:
+            session = (await storage.lock(connection, [still.session_id])).get(still.session_id)
+            if session is None or Standstill.of(session) != still:
+                return False
+            await storage.finish_wills(connection, [session.session_id], self._clock())
+            if session.node_id is not None:
+                await storage.evict(
+                    connection, session.node_id, Ownership(session.session_id, session.epoch), full=True
+                )
+            await storage.remove(connection, {session.session_id: session.key.tenant_id})
+            data = {
+                "reason": "queue stayed full",
+                "transport": Transport.MQTT.value,
+                "client_id": session.key.client_id,
+                "queued_messages": session.queued_messages,
+            }
+            await events.insert(
+                connection,
+                NewEvent(
+                    EventKind.SESSION_CLOSED,
+                    session.key.tenant_id,
+                    Actor("system:messaging", ""),
+                    device_id=session.key.device_id,
+                    data=data,
+                ),
+            )
+        self._hint_all()
+        return True
 
     async def drop_forfeited(self, devices: Collection[DeviceId] | None = None) -> int:
         """Drop what revocations ended, of these devices or of all: no will is published. How many sessions."""

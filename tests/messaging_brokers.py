@@ -89,6 +89,7 @@ class Broker:
         self.served: dict[StoredSessionId, Served] = {}
         self.arrivals: list[Arrival] = []
         self.evictions: list[Ownership] = []
+        self.full: list[Ownership] = []
         self.commits: list[bytes] = []
         self.changed_grants: list[ProfileId] = []
         self.forbid = False
@@ -251,8 +252,8 @@ class Broker:
     def arrived(self, arrival: Arrival) -> None:
         self.arrivals.append(arrival)
 
-    def evicted(self, ownership: Ownership) -> None:
-        self.evictions.append(ownership)
+    def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
+        (self.full if full else self.evictions).append(ownership)
         served = self.served.get(ownership.session_id)
         if served is not None and served.ownership == ownership:
             del self.served[ownership.session_id]

@@ -46,6 +46,7 @@ from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
 from adapters.provisioning import Endpoint, Provisioning
 from adapters.tls.context import TlsContext
 from registry.messaging import Messaging
+from registry.messaging_limits import DEFAULT_LIMITS, MessagingLimits
 from tests.http_api import Api
 from tests.tls_peers import Holder, client_context, make_certificate
 
@@ -249,12 +250,14 @@ class Client:
 
 
 @asynccontextmanager
-async def serving_mqtt(api: Api, limits: ServerLimits | None = None) -> AsyncIterator[Running]:
+async def serving_mqtt(
+    api: Api, limits: ServerLimits | None = None, stored: MessagingLimits = DEFAULT_LIMITS
+) -> AsyncIterator[Running]:
     """The server over a running core, until the block ends."""
     holder = make_certificate()
     context = TlsContext(holder.credentials(), alpn=(b"mqtt",), session_name=b"gatehouse test mqtt")
     provisioning = Provisioning(api.registry, Endpoint("localhost", 8883), Endpoint("localhost", 5684))
-    messaging = Messaging(api.database, api.registry.node.node_id, clock=time.time, random=os.urandom)
+    messaging = Messaging(api.database, api.registry.node.node_id, clock=time.time, random=os.urandom, limits=stored)
     server = MqttServer(api.registry, messaging, provisioning, context, limits=limits)
     await messaging.start(server.broker)
     api.registry.feed.add_follower(messaging)

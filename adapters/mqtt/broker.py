@@ -370,9 +370,13 @@ class Broker:
                 plan.local.setdefault(chosen[0], []).append(chosen[1])
         self._give_local(plan)
 
-    def evicted(self, ownership: Ownership) -> None:
+    def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         role = self._owner(ownership)
-        if role is not None:
+        if role is None:
+            return
+        if full:  # its will is the store's
+            self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)
+        else:
             self.server.counters.taken_over += 1
             self._end_soon(role, ReasonCode.SESSION_TAKEN_OVER)
 

@@ -150,22 +150,26 @@ async def seize(connection: Connection, session_id: StoredSessionId, opening: Op
     return epoch
 
 
-async def evict(connection: Connection, node_id: NodeId, ownership: Ownership) -> None:
-    """Leave word for an owner that it owns no more."""
+async def evict(connection: Connection, node_id: NodeId, ownership: Ownership, *, full: bool = False) -> None:
+    """Leave word for an owner that it owns no more; `full`: because the queue stayed full."""
     await connection.execute(
-        "INSERT INTO messaging_eviction (node_id, session_id, epoch) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+        """
+        INSERT INTO messaging_eviction (node_id, session_id, epoch, full_queue) VALUES ($1, $2, $3, $4)
+        ON CONFLICT DO NOTHING
+        """,
         node_id,
         ownership.session_id,
         ownership.epoch,
+        full,
     )
 
 
-async def take_evictions(connection: Connection, node_id: NodeId) -> list[Ownership]:
-    """What word there is for a node; it goes with the reading."""
+async def take_evictions(connection: Connection, node_id: NodeId) -> list[tuple[Ownership, bool]]:
+    """What word there is for a node, each with whether the queue stayed full; it goes with the reading."""
     rows = await connection.fetch(
-        "DELETE FROM messaging_eviction WHERE node_id = $1 RETURNING session_id, epoch", node_id
+        "DELETE FROM messaging_eviction WHERE node_id = $1 RETURNING session_id, epoch, full_queue", node_id
     )
-    return [Ownership(row["session_id"], row["epoch"]) for row in rows]
+    return [(Ownership(row["session_id"], row["epoch"]), row["full_queue"]) for row in rows]
 
 
 async def load(connection: Connection, session_id: StoredSessionId, expiry: float, now: float) -> StoredSession:

@@ -15,6 +15,11 @@ DTLS 1.2 only (RFC 9325 §3.1.2). Suites: what constrained stacks have (RFC 7925
 8-byte tags of CCM_8 as 64 bits and lets them only at level 0; versions, signature algorithms and groups are therefore
 named one by one. No renegotiation, no compression, no resumption: every association is judged anew.
 
+Two contexts: one for clients that offer a suite with a pre-shared key, with nothing but those, and one for the others.
+Who offers such a suite holds a key; who offers one with a certificate may hold none, and stacks that are told a key and
+nothing else about suites put certificates first (Mbed TLS does). In one list they would agree on a handshake that
+proves nothing. Within each the client's order decides.
+
 What can race: nothing; `replace` swaps one reference, and every connection keeps the context it was born with.
 """
 
@@ -34,10 +39,13 @@ from adapters.tls.context import ServerCredentials, load_credentials
 
 # Clients choose the order: a device picks what its hardware or its code size prefers. AEAD only (RFC 9325 §4.2), all
 # known to protection.py; OpenSSL has no ECDHE_PSK suite with GCM or CCM.
-PSK_SUITES: Final = "PSK-AES128-GCM-SHA256:PSK-AES128-CCM:PSK-AES128-CCM8:ECDHE-PSK-CHACHA20-POLY1305"
+PSK_SUITES: Final = (
+    "PSK-AES128-GCM-SHA256:PSK-AES256-GCM-SHA384:PSK-AES128-CCM:PSK-AES128-CCM8:ECDHE-PSK-CHACHA20-POLY1305"
+)
 # RSA is there for servers whose configured certificate is RSA; constrained clients will find nothing to talk to there.
 CERTIFICATE_SUITES: Final = (
-    "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES128-CCM:ECDHE-ECDSA-AES128-CCM8:ECDHE-RSA-AES128-GCM-SHA256"
+    "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-AES128-CCM:ECDHE-ECDSA-AES128-CCM8:"
+    "ECDHE-RSA-AES128-GCM-SHA256"
 )
 SIGNATURES: Final = (
     b"ECDSA+SHA256:ECDSA+SHA384:ECDSA+SHA512:ed25519:RSA-PSS+SHA256:RSA-PSS+SHA384:RSA+SHA256:RSA+SHA384"
@@ -66,22 +74,30 @@ class DtlsContext:
     key does not belong to the certificate, and PskUnsupported.
     """
 
-    __slots__ = ("_context", "turn")
+    __slots__ = ("_contexts", "turn")
 
     def __init__(self, credentials: ServerCredentials | None = None) -> None:
         self.turn: Turn | None = None
-        self._context = self._build(credentials)
+        self._contexts = self._build_both(credentials)
 
     def replace(self, credentials: ServerCredentials | None) -> None:
         """Serve new handshakes with `credentials`; living associations keep theirs. On ValueError nothing changed."""
-        self._context = self._build(credentials)
+        self._contexts = self._build_both(credentials)
 
-    def connection(self, mtu: int) -> SSL.Connection:
-        """A fresh server-side connection over memory buffers, whose flights fit into UDP payloads of `mtu` bytes."""
-        connection = SSL.Connection(self._context)
+    def connection(self, mtu: int, *, has_psk: bool) -> SSL.Connection:
+        """A fresh server-side connection over memory buffers, whose flights fit into UDP payloads of `mtu` bytes.
+
+        `has_psk`: the client offers a suite with a pre-shared key (records.offers_psk).
+        """
+        keys, certificates = self._contexts
+        connection = SSL.Connection(keys if has_psk else certificates)
         connection.set_accept_state()
         connection.set_ciphertext_mtu(mtu)
         return connection
+
+    def _build_both(self, credentials: ServerCredentials | None) -> tuple[SSL.Context, SSL.Context]:
+        keys = self._build(None)
+        return keys, keys if credentials is None else self._build(credentials)
 
     def _build(self, credentials: ServerCredentials | None) -> SSL.Context:
         context = _Context(SSL.DTLS_SERVER_METHOD)
@@ -93,7 +109,7 @@ class DtlsContext:
         context.set_options(_OPTIONS)
         context.set_mode(SSL.MODE_RELEASE_BUFFERS)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-        suites = PSK_SUITES if credentials is None else f"{CERTIFICATE_SUITES}:{PSK_SUITES}"
+        suites = PSK_SUITES if credentials is None else CERTIFICATE_SUITES
         context.set_cipher_list(f"{suites}:@SECLEVEL=0".encode())
         for setter, value in (
             (library.SSL_CTX_set1_sigalgs_list, SIGNATURES),
@@ -104,8 +120,9 @@ class DtlsContext:
         # The listener has judged the cookie before there is a connection; OpenSSL only carries on from there.
         context.set_cookie_generate_callback(lambda _connection: b"")
         context.set_cookie_verify_callback(lambda _connection, _cookie: True)
-        context.psk = serve_psk(context, self._key_of)
-        if credentials is not None:
+        if credentials is None:
+            context.psk = serve_psk(context, self._key_of)
+        else:
             context.set_verify(SSL.VERIFY_PEER, self._judge_certificate)
             context.set_verify_depth(0)
             load_credentials(context, credentials)

@@ -53,7 +53,9 @@ from adapters.dtls.records import (
     ClientHello,
     IdentityReader,
     Record,
+    agreed_fragment,
     chosen_suite,
+    offers_psk,
     plaintext_alert,
     split_records,
 )
@@ -142,6 +144,7 @@ class DtlsEngine:
         "_connection",
         "_context",
         "_counters",
+        "_fragment",
         "_handshake",
         "_last_flight",
         "_limits",
@@ -166,7 +169,8 @@ class DtlsEngine:
         self._last_flight: tuple[bytes, ...] = ()
         self.mtu = limits.mtu
         self.certificate_fault: str | None = None
-        self._connection: SSL.Connection | None = context.connection(limits.mtu)
+        self._fragment: int | None = None  # the most that one record may carry, where the client has a limit
+        self._connection: SSL.Connection | None = context.connection(limits.mtu, has_psk=offers_psk(hello))
         self._handshake: _Handshake | None = _Handshake(hello)
 
     def start(self, hello: ClientHello) -> list[Event]:
@@ -182,8 +186,10 @@ class DtlsEngine:
         except SSL.Error:
             return self._end(End.HANDSHAKE_FAILED)
         events = self._step(connection, b"")
-        if self._out and chosen_suite(self._out[0]) not in PSK_SUITES:
-            handshake.reader = None
+        if self._out:
+            self._fragment = agreed_fragment(self._out[0])
+            if chosen_suite(self._out[0]) not in PSK_SUITES:
+                handshake.reader = None
         return events
 
     @property
@@ -194,7 +200,10 @@ class DtlsEngine:
     @property
     def room(self) -> int:
         """Bytes that one call of `send` takes at most; 0 when it is not open."""
-        return 0 if self._protection is None else self.mtu - self._protection.overhead
+        if self._protection is None:
+            return 0
+        path = self.mtu - self._protection.overhead
+        return path if self._fragment is None else min(path, self._fragment)
 
     def datagrams(self) -> list[bytes]:
         """What is to be sent now, each at most `mtu` bytes."""

@@ -54,22 +54,27 @@ class _Suite:
     key: int
     iv: int
     tag: int
+    prf: str = "sha256"
 
 
 _CCM: Final = _Suite(AESCCM, 16, _SALT, 16)
 _CCM8: Final = _Suite(lambda key: AESCCM(key, tag_length=8), 16, _SALT, 8)
 _GCM: Final = _Suite(AESGCM, 16, _SALT, 16)
+_GCM256: Final = _Suite(AESGCM, 32, _SALT, 16, "sha384")
 _CHACHA: Final = _Suite(ChaCha20Poly1305, 32, _WHOLE_NONCE, 16)
 
-# By OpenSSL's names. All of them use SHA-256 for the PRF (RFC 5246 §5, RFC 6655 §3, RFC 7905 §2).
+# By OpenSSL's names. Those that end in SHA384 use that hash for the PRF, all others SHA-256 (RFC 5246 §5, RFC 5289
+# §3.2, RFC 5487 §2, RFC 6655 §3, RFC 7905 §2).
 _SUITES: Final = {
     "PSK-AES128-CCM8": _CCM8,
     "PSK-AES128-CCM": _CCM,
     "PSK-AES128-GCM-SHA256": _GCM,
+    "PSK-AES256-GCM-SHA384": _GCM256,
     "ECDHE-PSK-CHACHA20-POLY1305": _CHACHA,
     "ECDHE-ECDSA-AES128-CCM8": _CCM8,
     "ECDHE-ECDSA-AES128-CCM": _CCM,
     "ECDHE-ECDSA-AES128-GCM-SHA256": _GCM,
+    "ECDHE-ECDSA-AES256-GCM-SHA384": _GCM256,
     "ECDHE-RSA-AES128-GCM-SHA256": _GCM,
 }
 
@@ -93,7 +98,8 @@ class Protection:
         chosen = _SUITES[suite]
         size = 2 * (chosen.key + chosen.iv)
         # RFC 5246 §6.3: the server's random value comes first here, and there are no MAC keys.
-        block = _prf(secrets.master, b"key expansion" + secrets.server_random + secrets.client_random, size)
+        seed = b"key expansion" + secrets.server_random + secrets.client_random
+        block = _prf(chosen.prf, secrets.master, seed, size)
         ivs = 2 * chosen.key
         self._opener = chosen.make(block[: chosen.key])
         self._sealer = chosen.make(block[chosen.key : ivs])
@@ -156,10 +162,10 @@ class Protection:
             self._seen |= 1 << -ahead
 
 
-def _prf(secret: bytes, seed: bytes, size: int) -> bytes:
-    """P_SHA256 of RFC 5246 §5; `seed` begins with the label."""
+def _prf(digest: str, secret: bytes, seed: bytes, size: int) -> bytes:
+    """P_hash of RFC 5246 §5; `seed` begins with the label."""
     out, link = b"", seed
     while len(out) < size:
-        link = hmac.digest(secret, link, "sha256")
-        out += hmac.digest(secret, link + seed, "sha256")
+        link = hmac.digest(secret, link, digest)
+        out += hmac.digest(secret, link + seed, digest)
     return out[:size]

@@ -38,8 +38,10 @@ _RANDOM: Final = 32
 _LAST_HELLO: Final = 2  # the first ClientHello has number 0, the one with the cookie 1, or 2 after a second cookie
 
 # RFC 4279 §2, RFC 5489 §2: suites whose ClientKeyExchange begins with the identity. Of these ours are PSK with
-# GCM-128, CCM-128, CCM-128-8, and ECDHE_PSK with ChaCha20.
-PSK_SUITES: Final = frozenset({0x00A8, 0xC0A4, 0xC0A8, 0xCCAC})
+# GCM-128, GCM-256, CCM-128, CCM-128-8, and ECDHE_PSK with ChaCha20.
+PSK_SUITES: Final = frozenset({0x00A8, 0x00A9, 0xC0A4, 0xC0A8, 0xCCAC})
+
+_MAX_FRAGMENT_LENGTH: Final = 1
 
 # An identity of 256 bytes, the longest that OpenSSL takes, and the largest curve point, twice over.
 _KEY_EXCHANGE_ROOM: Final = 1024
@@ -133,6 +135,15 @@ def read_client_hello(datagram: bytes) -> ClientHello | None:
     )
 
 
+def offers_psk(hello: ClientHello) -> bool:
+    """Whether one of our suites with a pre-shared key is among those that the client offers."""
+    at = 2 + _RANDOM
+    at += 1 + hello.parameters[at]
+    end = at + 2 + int.from_bytes(hello.parameters[at : at + 2], "big")
+    offered = (int.from_bytes(hello.parameters[i : i + 2], "big") for i in range(at + 2, end, 2))
+    return not PSK_SUITES.isdisjoint(offered)
+
+
 def _skip(body: bytes, at: int | None, width: int) -> int | None:
     """Behind the vector at `at`, whose length is written in `width` bytes; None when it is not all there."""
     if at is None or at + width > len(body):
@@ -160,11 +171,29 @@ def plaintext_alert(description: int, sequence: int) -> bytes:
 
 def chosen_suite(flight: bytes) -> int | None:
     """The cipher suite of the ServerHello that a server's first flight begins with."""
-    at = RECORD_HEADER + MESSAGE_HEADER + 2 + _RANDOM
-    if len(flight) <= at:
-        return None
-    at += 1 + flight[at]
+    at = _behind_session_id(flight)
     return int.from_bytes(flight[at : at + 2], "big") if at + 2 <= len(flight) else None
+
+
+def agreed_fragment(flight: bytes) -> int | None:
+    """How many bytes one record may carry, where the ServerHello that a server's first flight begins with says that
+    the client has asked for such a limit (RFC 6066 §4); None where it does not."""
+    at = _behind_session_id(flight) + 3  # the suite, the compression method
+    end = min(RECORD_HEADER + (flight[11] << 8 | flight[12]), len(flight)) if at + 2 <= len(flight) else 0
+    at += 2
+    while at + 4 <= end:
+        kind = flight[at] << 8 | flight[at + 1]
+        length = flight[at + 2] << 8 | flight[at + 3]
+        at += 4
+        if kind == _MAX_FRAGMENT_LENGTH and length == 1 and at < end and 1 <= flight[at] <= 4:
+            return 256 << flight[at]
+        at += length
+    return None
+
+
+def _behind_session_id(flight: bytes) -> int:
+    at = RECORD_HEADER + MESSAGE_HEADER + 2 + _RANDOM
+    return at + 1 + flight[at] if len(flight) > at else len(flight)
 
 
 class IdentityReader:

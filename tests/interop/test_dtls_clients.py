@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adapters.dtls.ports import CertificateProven, NothingProven, PskProven
-from tests.dtls_peers import KEY, make_client_certificate, serving
+from adapters.dtls.ports import Association, CertificateProven, NothingProven, PskProven
+from tests.dtls_peers import KEY, Echo, make_client_certificate, serving
 from tests.tls_peers import make_certificate
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -49,7 +49,9 @@ async def until(process: Any, text: bytes) -> bytes:
 
 
 @needs_openssl
-@pytest.mark.parametrize("suite", ["PSK-AES128-CCM8", "PSK-AES128-GCM-SHA256", "ECDHE-PSK-CHACHA20-POLY1305"])
+@pytest.mark.parametrize(
+    "suite", ["PSK-AES128-CCM8", "PSK-AES128-GCM-SHA256", "PSK-AES256-GCM-SHA384", "ECDHE-PSK-CHACHA20-POLY1305"]
+)
 async def test_openssl_with_a_key(suite: str) -> None:
     arguments = ("-psk", KEY.hex(), "-psk_identity", "device-1", "-cipher", f"{suite}:@SECLEVEL=0")
     async with serving() as listener, s_client(listener.port, *arguments) as process:
@@ -62,7 +64,9 @@ async def test_openssl_with_a_key(suite: str) -> None:
 
 
 @needs_openssl
-@pytest.mark.parametrize("suite", ["ECDHE-ECDSA-AES128-CCM8", "ECDHE-ECDSA-AES128-GCM-SHA256"])
+@pytest.mark.parametrize(
+    "suite", ["ECDHE-ECDSA-AES128-CCM8", "ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384"]
+)
 async def test_openssl_with_a_certificate_on_a_narrow_path(suite: str, tmp_path: Path) -> None:
     server, holder = make_certificate(), make_client_certificate()
     arguments = ("-cert", str(holder.save(tmp_path)), "-cipher", f"{suite}:@SECLEVEL=0", "-mtu", "600")
@@ -94,7 +98,7 @@ def mbedtls_echo(port: int, **configuration: Any) -> tuple[bytes, str]:
         made.connect(("127.0.0.1", port))
         made.do_handshake()
         made.send(b"hello")
-        return made.recv(100), made.cipher()[0] if isinstance(made.cipher(), tuple) else str(made.cipher())
+        return made.recv(2048), made.cipher()[0] if isinstance(made.cipher(), tuple) else str(made.cipher())
     finally:
         made.close()
 
@@ -105,6 +109,7 @@ def mbedtls_echo(port: int, **configuration: Any) -> tuple[bytes, str]:
         "TLS-PSK-WITH-AES-128-CCM-8",
         "TLS-PSK-WITH-AES-128-CCM",
         "TLS-PSK-WITH-AES-128-GCM-SHA256",
+        "TLS-PSK-WITH-AES-256-GCM-SHA384",
         "TLS-ECDHE-PSK-WITH-CHACHA20-POLY1305-SHA256",
     ],
 )
@@ -116,6 +121,45 @@ async def test_mbed_tls_with_a_key(suite: str) -> None:
         )
         assert (got, used) == (b"hello", suite)
         assert listener.application.proofs == [PskProven(b"device-1", ("offer", b"device-1"))]
+
+
+async def test_mbed_tls_with_a_key_and_every_suite_it_knows_proves_its_key() -> None:
+    """It puts suites with certificates first, and here has none of its own."""
+    pytest.importorskip("mbedtls")
+    async with serving(credentials=make_certificate().credentials()) as listener:
+        got, used = await asyncio.to_thread(mbedtls_echo, listener.port, pre_shared_key=("device-1", KEY))
+        assert (got, used) == (b"hello", "TLS-ECDHE-PSK-WITH-CHACHA20-POLY1305-SHA256")
+        assert listener.application.proofs == [PskProven(b"device-1", ("offer", b"device-1"))]
+
+
+class Filling(Echo):
+    """Answers with as much as one datagram may carry."""
+
+    def received(self, association: Association, datagram: bytes) -> None:
+        association.send(b"." * (association.room - 1) + b"\n")
+
+
+@needs_openssl
+@pytest.mark.parametrize("limit", [512, 1024])
+async def test_openssl_with_room_for_short_records(limit: int) -> None:
+    arguments = ("-psk", KEY.hex(), "-psk_identity", "device-1", "-cipher", "PSK-AES128-CCM8:@SECLEVEL=0")
+    limited = (*arguments, "-maxfraglen", str(limit), "-quiet")
+    async with serving(Filling()) as listener, s_client(listener.port, *limited) as process:
+        process.stdin.write(b"fill it\n")
+        said = await until(process, b".\n")
+        assert said.rpartition(b"\n.")[2].count(b".") + 1 == limit - 1
+
+
+async def test_mbed_tls_with_room_for_short_records() -> None:
+    tls = pytest.importorskip("mbedtls.tls")
+    async with serving(Filling()) as listener:
+        got, _ = await asyncio.to_thread(
+            mbedtls_echo,
+            listener.port,
+            pre_shared_key=("device-1", KEY),
+            max_fragmentation_length=tls.MaxFragmentLength.MFL_512K,
+        )
+        assert len(got) == 512
 
 
 async def test_mbed_tls_with_the_servers_certificate_only() -> None:

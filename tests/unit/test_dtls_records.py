@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from adapters.dtls.cookie import CookieJar
 from adapters.dtls.records import (
     IdentityReader,
+    agreed_fragment,
     chosen_suite,
     hello_verify_request,
     is_client_hello,
+    offers_psk,
     plaintext_alert,
     read_client_hello,
     split_records,
@@ -77,8 +79,10 @@ def test_a_client_hello_numbered_past_any_cookie_is_none(hello: bytes, number: i
 def test_random_bytes_are_nothing_and_raise_nothing(data: bytes) -> None:
     for candidate in (data, b"\x16\xfe\xfd\0\0" + data, b"\x16\xfe\xff\0\0\0\0\0\0\0\0\0\x50\x01" + data):
         is_client_hello(candidate)
-        read_client_hello(candidate)
+        read = read_client_hello(candidate)
+        assert read is None or offers_psk(read) in (True, False)
         chosen_suite(candidate)
+        assert agreed_fragment(candidate) in (None, 512, 1024, 2048, 4096)
         for record in split_records(candidate):
             assert 0 <= record.start < record.end <= len(candidate)
     reader = IdentityReader(2)
@@ -93,7 +97,51 @@ def test_flipped_bytes_of_a_hello_raise_nothing(seed: int, data: st.DataObject) 
     spoilt = bytearray(datagram)
     for _ in range(data.draw(st.integers(1, 5))):
         spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = seed % 256
-    read_client_hello(bytes(spoilt))
+    read = read_client_hello(bytes(spoilt))
+    assert read is None or offers_psk(read) in (True, False)
+
+
+@pytest.mark.parametrize(
+    ("suites", "is_offered"),
+    [
+        (b"PSK-AES128-CCM8", True),
+        (b"ECDHE-ECDSA-AES128-CCM8:PSK-AES256-GCM-SHA384", True),
+        (b"ECDHE-ECDSA-AES128-CCM8", False),
+        (b"PSK-AES128-CBC-SHA256", False),  # not one of ours
+    ],
+)
+def test_a_client_that_offers_a_key_is_known_by_its_hello(suites: bytes, is_offered: bool) -> None:
+    [datagram] = Client(psk_client_context(suites=suites)).step()
+    read = read_client_hello(datagram)
+    assert read is not None
+    assert offers_psk(read) is is_offered
+
+
+def server_hello(extensions: bytes, session_id: bytes = b"") -> bytes:
+    body = b"\xfe\xfd" + bytes(32) + bytes((len(session_id),)) + session_id + b"\xc0\xa8\0"
+    body += len(extensions).to_bytes(2, "big") + extensions if extensions else b""
+    whole = message(2, body, 1)
+    return b"\x16\xfe\xfd" + bytes(8) + len(whole).to_bytes(2, "big") + whole
+
+
+@pytest.mark.parametrize(
+    ("extensions", "agreed"),
+    [
+        (b"", None),
+        (b"\0\1\0\1\1", 512),
+        (b"\xff\1\0\1\0" + b"\0\1\0\1\4", 4096),
+        (b"\0\1\0\1\5", None),  # RFC 6066 §4 knows 1 to 4
+        (b"\0\1\0\1\0", None),
+        (b"\0\1\0\0", None),
+        (b"\xff\1\0\1\0", None),
+    ],
+)
+def test_the_limit_of_a_record_stands_in_the_server_hello(extensions: bytes, agreed: int | None) -> None:
+    flight = server_hello(extensions, b"id")
+    assert agreed_fragment(flight) == agreed
+    assert agreed_fragment(flight + b"\x16\xfe\xfd and what follows") == agreed
+    for end in range(len(flight)):
+        assert agreed_fragment(flight[:end]) in (None, agreed)
 
 
 def test_records_that_do_not_fit_end_the_list(hello: bytes) -> None:

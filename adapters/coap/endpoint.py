@@ -15,7 +15,10 @@ flight of all peers here, the rest in the machine. What exceeds a bound is answe
 
 `close` forgets a peer at once. Handlers that are already at work for it finish, since what they store was received in
 good order (a device may well send and say goodbye); their answers go nowhere, and they count among those in flight
-until they end. `drain` waits for them, and cancels what then remains.
+until they end.
+
+`drain` takes no further request (5.03 with Max-Age, so that its sender comes back to whoever serves then), waits until
+those in flight are answered and what we have sent as confirmable is acknowledged, and cancels what remains at its end.
 
 What a handler raises is a bug: 5.00 with a correlation id as diagnostic payload, and the traceback in the log under it.
 """
@@ -150,6 +153,9 @@ class CoapEndpoint:
         self._wakeup: asyncio.TimerHandle | None = None
         self._wakeup_at = 0.0
         self._expiry_armed = False
+        self._draining = False
+        self._unacknowledged: set[EndpointPeer] = set()  # while it drains: peers that owe us an acknowledgement
+        self._quiet: asyncio.Future[None] | None = None  # done when none is left
 
     # The datagram shell's calls ---------------------------------------------------------------------------------------
 
@@ -215,9 +221,19 @@ class CoapEndpoint:
     # The end ----------------------------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
-        """Let the handlers at work finish, for so long at most; then cancel the rest, and forget every peer."""
+        """Finish what is under way, for so long at most; then cancel the rest, and forget every peer."""
+        self._draining = True
+        end = self._loop.time() + seconds
         if self._serving:
             await asyncio.wait(set(self._serving), timeout=seconds)
+        self._unacknowledged = {peer for peer in self._peers.values() if peer._machine.transmitting}
+        if self._unacknowledged:
+            self._quiet = self._loop.create_future()
+            try:
+                await asyncio.wait((self._quiet,), timeout=max(0.0, end - self._loop.time()))
+            finally:
+                self._quiet = None
+                self._unacknowledged.clear()
         for association_id in list(self._peers):
             self.close(association_id)
         serving = list(self._serving)
@@ -257,6 +273,10 @@ class CoapEndpoint:
         if due is not None and (peer._armed is None or due < peer._armed):
             peer._armed = due
             self._arm(due, peer)
+        if self._quiet is not None and peer in self._unacknowledged and not machine.transmitting:
+            self._unacknowledged.discard(peer)
+            if not self._unacknowledged and not self._quiet.done():
+                self._quiet.set_result(None)
         if not self._expiry_armed and (expiry := self._memory.next_expiry()) is not None:
             self._expiry_armed = True
             self._arm(expiry, None)
@@ -279,7 +299,7 @@ class CoapEndpoint:
                 assert_never(peer.state)
 
     def _serve(self, peer: EndpointPeer, event: RequestReceived, now: float) -> None:
-        if len(self._serving) >= self.limits.requests:
+        if self._draining or len(self._serving) >= self.limits.requests:
             self._busy(peer, event, now)
             return
         promise: Promise | Response | None = None

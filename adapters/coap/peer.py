@@ -270,6 +270,11 @@ class PeerMachine:
             due = self._non_allowed_at
         return due
 
+    @property
+    def transmitting(self) -> bool:
+        """Whether a CON of ours is not acknowledged yet, or waits for its turn."""
+        return self._active is not None or bool(self._waiting)
+
     # Out --------------------------------------------------------------------------------------------------------------
 
     def next_event(self) -> Event | None:

@@ -3,9 +3,9 @@
     UDP ─► DtlsListener (adapters/dtls) ─► CoapServer ─► CoapEndpoint (endpoint.py) ─► Resources (resources.py)
                                               └─► Guest (admission.py), one for each association
 
-Draining. New handshakes and requests are refused by the session table (5.03); what was received is answered, for a
-bounded time; then every association gets close_notify. What can be lost: requests that were not answered; their senders
-repeat them, here or at another node.
+Draining. No handshake begins or goes on, and a further request is answered 5.03; what was received is answered, and
+what we sent as confirmable acknowledged, for a bounded time; then every association gets close_notify. What can be
+lost: requests that were not answered; their senders repeat them, here or at another node.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class CoapServer:
         return await self._listener.start(host, port)
 
     async def drain(self, seconds: float) -> None:
-        """Let requests under way be answered, for at most `seconds`; then say goodbye to everybody."""
+        """Let exchanges under way finish, for at most `seconds`; then say goodbye to everybody."""
+        self._listener.refuse()
         await self._endpoint.drain(seconds)
         for guest in list(self._guests.values()):
             guest.left()

@@ -128,14 +128,23 @@ class DtlsListener:
         """A copy of all that live."""
         return list(self._living.values())
 
+    def refuse(self) -> None:
+        """Begin nothing new: ClientHellos are ignored from now on, and handshakes in flight end without a word.
+
+        Their clients repeat themselves until somebody else listens here, or turn to another node.
+        Associations live on until `close`.
+        """
+        self._closing = True
+        for pending in list(self._pending.values()):
+            self._forget_pending(pending)
+
     async def close(self) -> None:
         """Begin nothing new, say close_notify to all, and close the socket.
 
         `Application.ended` is not called: it is the application that ends.
         """
-        bound, self._closing = self._socket, True
-        for pending in list(self._pending.values()):
-            self._forget_pending(pending)
+        bound = self._socket
+        self.refuse()
         for number, association in enumerate(self.associations(), 1):
             association.close()
             if number % _GOODBYES == 0:

@@ -15,7 +15,7 @@ from aiocoap.numbers.codes import Code
 from adapters.coap.endpoint import CoapEndpoint, EndpointPeer
 from adapters.coap.limits import CoapLimits
 from adapters.coap.messages import LocalProtocolError
-from adapters.coap.ports import Observation, Peer, Request, Response
+from adapters.coap.ports import Observation, Peer, Promise, Request, Response
 from tests.coap_peers import ACK, CON, message
 
 
@@ -94,7 +94,8 @@ async def bench() -> AsyncIterator[Bench]:
     made = Bench(CoapLimits(requests=3, requests_per_peer=2, held_requests=2))
     yield made
     made.handler.gate.set()
-    await made.endpoint.drain(1.0)
+    await made.settles()
+    await made.endpoint.drain(0.0)
     assert (made.endpoint.counters.peers, made.endpoint.counters.serving, made.endpoint.counters.observations) == (
         0,
     ) * 3
@@ -217,12 +218,103 @@ async def test_drain_waits_and_then_cancels() -> None:
     asyncio.get_running_loop().call_soon(bench.handler.gate.set)
     await bench.endpoint.drain(5.0)
     assert (bench.handler.finished, wire.codes()) == (1, ["2.04"])
+    bench = Bench(CoapLimits())
     wire, _ = bench.open()
     bench.handler.gate.clear()
     bench.asks(wire)
     await bench.settles()
     await bench.endpoint.drain(0.01)
-    assert (bench.handler.finished, wire.codes(), bench.endpoint.counters.serving) == (1, [], 0)
+    assert (bench.handler.finished, wire.codes(), bench.endpoint.counters.serving) == (0, [], 0)
+
+
+async def test_while_it_drains_a_further_request_is_told_to_come_back() -> None:
+    bench = Bench(CoapLimits())
+    wire, _ = bench.open()
+    bench.handler.gate.clear()
+    bench.asks(wire)
+    draining = asyncio.create_task(bench.endpoint.drain(20.0))
+    await bench.settles()
+    bench.asks(wire)
+    (refused,) = wire.sent
+    assert (refused.code, refused.opt.max_age) == (Code.SERVICE_UNAVAILABLE, CoapLimits().busy_max_age)
+    wire.sent.clear()
+    bench.handler.gate.set()
+    await draining
+    assert (wire.codes(), len(bench.handler.requests)) == (["2.04"], 1)
+
+
+async def test_drain_waits_for_the_acknowledgement_of_a_separate_response() -> None:
+    bench = Bench(CoapLimits())
+    wire, _ = bench.open()
+    silent, _ = bench.open("b")
+    bench.handler.gate.clear()
+    bench.asks(wire)
+    bench.now += 1.5
+    bench.endpoint._wake()  # the empty ACK: the answer will be a CON of ours
+    assert wire.codes() == ["0.00"]
+    draining = asyncio.create_task(bench.endpoint.drain(20.0))
+    bench.handler.gate.set()
+    for _ in range(4):
+        await bench.settles()
+    (answer,) = wire.sent
+    assert (answer.code, answer.mtype) == (Code.CHANGED, CON)
+    assert not draining.done()
+    bench.endpoint.received(wire, message(ACK, Code.EMPTY, answer.mid))
+    async with asyncio.timeout(10):  # half of what it would wait for one that stays silent
+        await draining
+    assert silent.sent == []
+
+
+async def test_drain_does_not_wait_for_ever_for_an_acknowledgement() -> None:
+    bench = Bench(CoapLimits())
+    wire, _ = bench.open()
+    bench.handler.gate.clear()
+    bench.asks(wire)
+    bench.now += 1.5
+    bench.endpoint._wake()
+    bench.handler.gate.set()
+    await bench.settles()
+    assert wire.codes() == ["0.00", "2.04"]
+    async with asyncio.timeout(20):
+        await bench.endpoint.drain(0.01)
+    assert bench.endpoint.counters.peers == 0
+
+
+async def test_a_prompt_answers_at_once_or_by_a_future_and_leaves_the_rest_to_the_handler() -> None:
+    promised: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    prompted: list[Request] = []
+
+    def prompt(peer: Peer, request: Request) -> Promise | Response | None:
+        prompted.append(request)
+        match request.payload:
+            case b"now":
+                return Response(Code.VALID)
+            case b"later":
+                return Promise(promised, lambda future: Response(Code.CONTENT, b"%d" % future.result()))
+            case b"broken":
+                raise RuntimeError("a bug")
+            case _:
+                return None
+
+    handler = Scripted()
+    endpoint = CoapEndpoint(handler, CoapLimits(requests=1), prompt=prompt)
+    wire = Wire("a")
+    endpoint.open(wire)
+    for number, payload in enumerate((b"now", b"broken", b"later", b"one too many")):
+        endpoint.received(wire, message(CON, Code.POST, number, b"t", path="x", payload=payload))
+    assert wire.codes() == ["2.03", "5.00", "5.03"]
+    assert (endpoint.counters.serving, endpoint.counters.failures, endpoint.counters.busy) == (1, 1, 1)
+    promised.set_result(7)
+    await asyncio.sleep(0)
+    assert [(sent.code, sent.payload) for sent in wire.sent] == [(Code.CONTENT, b"7")]
+    wire.sent.clear()
+    for number, more in enumerate(({"observe": 0}, {}), 9):
+        endpoint.received(wire, message(CON, Code.GET, number, b"o%d" % number, path="x", **more))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert [request.payload for request in prompted] == [b"now", b"broken", b"later", b""]  # not the offer
+    assert (endpoint.counters.serving, len(handler.requests)) == (0, 2)
+    await endpoint.drain(0)
 
 
 async def test_an_observer_is_told_and_its_end_is_told_once(bench: Bench) -> None:

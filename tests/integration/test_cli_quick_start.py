@@ -19,8 +19,8 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
-def port(tmp_path: Path) -> Iterator[int]:
-    """`gatehouse serve` on the data directory that the README names; the port that its ready line tells."""
+def ports(tmp_path: Path) -> Iterator[dict[str, int]]:
+    """`gatehouse serve` on the data directory that the README names; the ports that its ready line tells."""
     command = [sys.executable, "-m", "edge", "serve", "--data-dir", str(tmp_path / "gatehouse-data")]
     environment = _environment(
         tmp_path, GATEHOUSE_HTTPS__PORT="0", GATEHOUSE_MQTT__PORT="0", GATEHOUSE_COAP__PORT="0", GATEHOUSE_OPS__PORT="0"
@@ -33,7 +33,7 @@ def port(tmp_path: Path) -> Iterator[int]:
             assert server.stdout is not None
             ready = server.stdout.readline()
             assert ready, (tmp_path / "log").read_text()
-            yield json.loads(ready)["ready"]["https"]
+            yield json.loads(ready)["ready"]
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=30) == 0
             assert server.stdout.read() == ""  # the ready line is all there is
@@ -50,26 +50,49 @@ def _blocks(page: str) -> list[str]:
     return [block for block in BLOCK.findall((ROOT / page).read_text("utf-8")) if "make " not in block]
 
 
-def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, port: int) -> None:
+def _walk(place: Path, ports: dict[str, int], *pages: str) -> list[str]:
+    """What each block of the README after its first, and then of these pages, says on standard output."""
     bash = shutil.which("bash")
     if bash is None or shutil.which("curl") is None or shutil.which("openssl") is None:
         pytest.skip("bash, curl and openssl are needed")
-    program = tmp_path / "bin" / "gatehouse"
+    program = place / "bin" / "gatehouse"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m edge "$@"\n')
     program.chmod(0o755)
 
     start, *readme = _blocks("README.md")
     assert "gatehouse serve" in start
-    blocks = [*readme, *_blocks("docs/quick-start.md"), *_blocks("docs/certificates.md")]
+    blocks = [*readme, *(block for page in pages for block in _blocks(page))]
     script = "\n".join(f"{block}\necho '#### end {number}'" for number, block in enumerate(blocks))
-    script = "set -euo pipefail\n" + script.replace("localhost:8443", f"localhost:{port}")
+    script = script.replace("localhost:8443", f"localhost:{ports['https']}")
+    script = script.replace("-h localhost -p 8883", f"-h localhost -p {ports['mqtt']}")
     done = subprocess.run(
-        [bash, "-c", script], cwd=tmp_path, env=_environment(tmp_path), capture_output=True, text=True, timeout=100,
-        check=False,
+        [bash, "-c", "set -euo pipefail\n" + script],
+        cwd=place, env=_environment(place), capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    said = re.split(r"#### end \d+\n", done.stdout)
+    return re.split(r"#### end \d+\n", done.stdout)
+
+
+def test_a_device_over_mqtt_goes_as_its_page_says(tmp_path: Path, ports: dict[str, int]) -> None:
+    if shutil.which("mosquitto_rr") is None:
+        pytest.skip("mosquitto's clients are needed")
+    said = _walk(tmp_path, ports, "docs/mqtt.md")[4:]
+
+    _, provisioned, claimed, renewed, told, once, children, granted, kept, rest = said
+    assert (provisioned, claimed, renewed, once, children, rest) == ("",) * 6
+    for answer in ("gateway", "counter", "renewed", "child"):
+        assert json.loads((tmp_path / f"{answer}.json").read_text())["status"] == "ok"
+    reading, config, command = told.splitlines()
+    assert json.loads(reading)["readings"][0]["value"] == 24.5
+    assert json.loads(config) == {"version": 1, "config": {}}
+    assert json.loads(command)["method"] == "fan.on"
+    assert granted == "hall/3/alarm smoke\n"
+    assert kept == "hall/4/alarm fire\n"
+
+
+def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, ports: dict[str, int]) -> None:
+    said = _walk(tmp_path, ports, "docs/quick-start.md", "docs/certificates.md")
 
     tenant, registered, reported, looked = said[:4]
     assert json.loads(tenant)["slug"] == "fleet"

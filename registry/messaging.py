@@ -165,6 +165,7 @@ class Messaging:
         await self._publishing.stop()
         await self._progress.stop()
         await self._routes.stop()
+        await self._sessions.stop()
         await self.settled()
         try:
             await self._clear_up_after(self.node_id)

@@ -29,11 +29,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from registry.batching import Batcher
 from registry.errors import ResourceExhausted
 from registry.events import EventKind, NewEvent
 from registry.full_queues import Standstill
 from registry.messaging_limits import MessagingLimits
-from registry.messaging_values import Opening, Ownership, SessionLost, StoredSessionId, Taken
+from registry.messaging_values import Opening, Ownership, SessionKey, SessionLost, StoredSessionId, Taken
 from registry.model import Actor, DeviceId, NodeId, Transport
 from registry.storage import events
 from registry.storage import messaging_sessions as storage
@@ -42,6 +43,9 @@ from registry.storage.database import Connection, Database
 
 _CHUNK = 500
 """Sessions in one transaction of upkeep: some tens of milliseconds."""
+_LOOKUP_BATCH = 256
+_LOOKUP_QUEUE = 20_000
+"""As many as a node has connections; each waits for a millisecond or two."""
 
 
 class StoredSessions:
@@ -63,9 +67,19 @@ class StoredSessions:
         self._limits = limits
         self._hint = hint
         self._hint_all = hint_all
+        self._lookups: Batcher[SessionKey, bool] = Batcher(
+            "session look-up", self._look_up, max_items=_LOOKUP_BATCH, max_queued=_LOOKUP_QUEUE, runners=2
+        )
+
+    async def stop(self) -> None:
+        """Finish what is under way."""
+        await self._lookups.stop()
 
     async def take(self, opening: Opening) -> Taken:
         """See `Messaging.take`."""
+        # Most sessions end with their connections, and most of those find nothing: a storm of them asks in batches.
+        if opening.expiry <= 0 and not await self._lookups.submit(opening.key):
+            return Taken(None, None)
         while True:
             evicted: set[NodeId] = set()
             async with certain_transaction(self._database) as connection:
@@ -75,6 +89,11 @@ class StoredSessions:
                 self._hint_all()
             if taken is not None:
                 return taken
+
+    async def _look_up(self, keys: Sequence[SessionKey]) -> list[bool]:
+        async with self._database.connection() as connection:
+            found = await storage.existing(connection, keys)
+        return [key in found for key in keys]
 
     async def _take(self, connection: Connection, opening: Opening, evicted: set[NodeId]) -> tuple[Taken | None, bool]:
         """What was taken (None: another one was faster with a new session, try again), and whether routes changed."""

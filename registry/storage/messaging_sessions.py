@@ -79,6 +79,21 @@ async def find(connection: Connection, key: SessionKey) -> Place | None:
     return None if row is None else Place(**dict(row))
 
 
+async def existing(connection: Connection, keys: Collection[SessionKey]) -> set[SessionKey]:
+    """Those of the keys that have a session, whoever serves it."""
+    rows = await connection.fetch(
+        """
+        SELECT s.tenant_id, s.device_id, s.client_id
+        FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS u (tenant_id, device_id, client_id)
+        JOIN messaging_session s USING (tenant_id, device_id, client_id)
+        """,
+        [key.tenant_id for key in keys],
+        [key.device_id for key in keys],
+        [key.client_id for key in keys],
+    )
+    return {SessionKey(row["tenant_id"], row["device_id"], row["client_id"]) for row in rows}
+
+
 async def lock(connection: Connection, sessions: Collection[StoredSessionId]) -> dict[StoredSessionId, Locked]:
     """Hold these sessions' rows; those that are gone are absent."""
     rows = await connection.fetch(

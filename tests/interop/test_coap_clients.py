@@ -63,6 +63,10 @@ class Own:
     identity: str
     key: bytes
 
+    def proof(self) -> dict[str, str]:
+        """What a client is told of it."""
+        return {"identity": self.identity, "key": self.key.hex()}
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -249,8 +253,7 @@ async def test_a_client_lives_a_devices_life_with_a_psk(server: ServerProcess, t
         pytest.skip(missing)
 
     def asked(step: str, own: Own, **more: Any) -> str:
-        who = {"identity": own.identity, "key": own.key.hex()}
-        return json.dumps({"step": step, "port": server.ports["coap"], **who, **more})
+        return json.dumps({"step": step, "port": server.ports["coap"], **own.proof(), **more})
 
     provision_key, claim = await claim_of(tenant)
     request = {"provision_key": provision_key, "device_name": "Pump", "hardware_id": f"HW-{kind.name}"}
@@ -262,6 +265,23 @@ async def test_a_client_lives_a_devices_life_with_a_psk(server: ServerProcess, t
         await live(tenant, own.device_id, client, kind)
         told = await client.next()
         assert kind.refusal in told["refused"]
+    await is_out(tenant, own.device_id)
+
+
+async def test_a_client_that_holds_16_bytes_at_most_lives_a_devices_life(server: ServerProcess, tenant: Tenant) -> None:
+    """As tinydtls is published, and many an old stack: its devices have a profile that allows such keys."""
+    missing = AIOCOAP.missing()
+    if missing is not None:
+        pytest.skip(missing)
+    profile = await ask(tenant, "POST", "/profiles", {"name": "Old stack", "allow_short_psk": True})
+    key = os.urandom(16)
+    psk = {"identity": "old-stack-1", "key": base64.urlsafe_b64encode(key).decode().rstrip("=")}
+    made = await tenant.registered("HW-old", credential_type="psk", profile_id=profile["profile_id"], psk=psk)
+    own = Own(made["device_id"], psk["identity"], key)
+    asked = {"step": "live", "port": server.ports["coap"], **own.proof()}
+    async with running(*AIOCOAP.command(), json.dumps(asked)) as client:
+        await live(tenant, own.device_id, client, AIOCOAP)
+        assert AIOCOAP.refusal in (await client.next())["refused"]
     await is_out(tenant, own.device_id)
 
 

@@ -369,7 +369,7 @@ class CoapEndpoint:
     def _failed(self, event: str, peer: EndpointPeer) -> Response:
         self.counters.failures += 1
         correlation_id = uuid4().hex
-        log.exception(event, extra={"correlation_id": correlation_id, "peer": peer.peer_id})
+        log.exception(event, extra={"fields": {"correlation_id": correlation_id, "peer": peer.peer_id}})
         return Response(Code.INTERNAL_SERVER_ERROR, payload=f"correlation id {correlation_id}".encode())
 
     def _call(self, told: Callable[[], object]) -> None:

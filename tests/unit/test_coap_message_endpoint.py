@@ -124,7 +124,7 @@ async def test_what_a_handler_raises_is_told_by_a_correlation_id_only(
     assert answer.code == Code.INTERNAL_SERVER_ERROR
     correlation_id = answer.payload.decode().removeprefix("correlation id ")
     (record,) = caplog.records
-    assert (record.message, record.__dict__["correlation_id"]) == ("coap.handler_failed", correlation_id)
+    assert (record.message, record.__dict__["fields"]["correlation_id"]) == ("coap.handler_failed", correlation_id)
     assert bench.endpoint.counters.failures == 1
 
 

@@ -1,18 +1,18 @@
 """Granted topics: a broker among the devices of one tenant, and a wall around everything else.
 
-Every device here has a profile that grants `site/#`, and `vault/#` without `vault/secret/#`; or none at all.
+Every device here has a profile that grants `site/#`, and `vault/#` without `vault/secret/#`. Which topics are refused,
+to whom and how, is in test_mqtt_topic_table.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from uuid import uuid4
 
 import pytest
 
 from adapters.mqtt.properties import Properties
-from adapters.mqtt.wire_packets import Ack, Disconnect, Publish, QoS, Subscribe, SubscriptionRequest, Will
+from adapters.mqtt.wire_packets import Ack, Disconnect, QoS, Subscribe, SubscriptionRequest, Will
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
 from tests.http_api import BASE, Api, api, running_api
 from tests.mqtt_devices import KEEP, devices, regrant, silent
@@ -137,58 +137,6 @@ async def test_wills_are_brokered_at_once_and_delayed(mqtt: Running) -> None:
             await client.connect(one, clean_start=False, will=delayed, properties=KEEP)
         assert (await receiver.message()).payload == b"later"
         await silent(receiver)
-
-
-@VERSIONS
-async def test_a_device_touches_nothing_of_another_and_nothing_that_is_not_granted(
-    mqtt: Running, version: Version
-) -> None:
-    """The table: every topic kind, of another device, of another tenant's, or without a grant."""
-    mine, other = await devices(mqtt, 2)
-    bare = await mqtt.device("HW-bare")
-    theirs = other.device_id
-    foreign = [
-        *(f"devices/{theirs}/{tail}" for tail in (
-            "telemetry", "events", "health", "components", "uplink", "commands", "config", "config/reported",
-            "credentials/renew", "children", f"commands/{uuid4()}/response",
-        )),
-        "devices/me/commands", "devices/me/config", "devices/me", "devices", "devices//telemetry",
-        f"devices/{mine.device_id.upper()}/telemetry", "devices/me/telemetry/more", "devices/me/nothing",
-        "provision/request", "provision/response", "$SYS/broker", "$share", "$me/x", "free", "/site", "Site/a",
-        "vault/secret", "vault/secret/x", "vault/read/x", "own/other/x",
-    ]  # fmt: skip
-    for device, topics in ((mine, foreign), (bare, ["site/a", "own/me/x", *foreign])):
-        for topic in topics:
-            for retain in (False, True):
-                async with mqtt.client(version=version) as client:
-                    await client.connect(device)
-                    if version is Version.V5:
-                        refused = await client.publish(topic, b"{}", retain=retain)
-                        assert refused is ReasonCode.NOT_AUTHORIZED, topic
-                    await client.send(Publish(topic, b"{}", QoS.AT_MOST_ONCE, retain))
-                    rest = await client.closed()
-                    if version is Version.V5:
-                        assert [p.reason for p in rest if isinstance(p, Disconnect)] == [ReasonCode.NOT_AUTHORIZED]
-                    else:
-                        assert rest == [], topic
-            async with mqtt.client(version=version) as client:
-                refusal = await client.connect(device, will=Will(topic, b"{}", QoS.AT_LEAST_ONCE))
-                assert refusal.reason is ReasonCode.NOT_AUTHORIZED, topic
-    filters = [
-        "#", "+/#", "+", "devices/#", "devices/+/commands", "devices/+/#", f"devices/{theirs}/#", "+/me/commands",
-        f"devices/{theirs}/commands", f"devices/{theirs}/config", f"devices/{theirs}/credentials/renew/response",
-        "devices/me/telemetry", "devices/me/events", f"$share/g/devices/{mine.device_id}/commands", "provision/#",
-        "provision/response", "$SYS/#", "vault/#", "vault/secret/#", "vault/+/x", "$share/g/vault/secret/x",
-        "own/+/x", "free",
-    ]  # fmt: skip
-    async with mqtt.client(version=version) as client:
-        await client.connect(mine)
-        refused_by = await client.subscribe(*filters)
-        expected = ReasonCode.NOT_AUTHORIZED if version is Version.V5 else ReasonCode.UNSPECIFIED_ERROR
-        assert dict(zip(filters, refused_by, strict=True)) == dict.fromkeys(filters, expected)
-        allowed = await client.subscribe("site/#", "own/me/x", "devices/me/#", f"devices/{mine.device_id}/commands")
-        assert [reason.failed for reason in allowed[:1] + allowed[2:]] == [False] * 3
-    assert await mqtt.uplinks(theirs) == []
 
 
 async def test_tenants_do_not_meet(dsn: str) -> None:

@@ -127,7 +127,7 @@ class _Handshake:
     def __init__(self, hello: ClientHello) -> None:
         self.bytes = 0
         self.early = 0
-        self.held: list[bytes] = []
+        self.held: list[tuple[bytes, list[Record]]] = []
         self.reader: IdentityReader | None = IdentityReader(hello.message_seq + 1)
         self.identity: bytes | None = None
         self.key: PskKey | None = None
@@ -212,9 +212,9 @@ class DtlsEngine:
 
     def receive(self, datagram: bytes) -> list[Event]:
         """Take one datagram of the peer. Anything may be in it; nothing raises."""
+        if self._state is _State.OPEN:
+            return self._open(datagram)
         match self._state:
-            case _State.OPEN:
-                return self._open(datagram)
             case _State.SHAKING:
                 return self._shake(datagram)
             case _State.WAITING:
@@ -235,8 +235,8 @@ class DtlsEngine:
         handshake.key = key
         held, handshake.held = handshake.held, []
         events: list[Event] = []
-        for datagram in held:
-            events += self._pass_on(datagram) if self._state is _State.SHAKING else self.receive(datagram)
+        for datagram, records in held:
+            events += self._pass_on(datagram, records) if self._state is _State.SHAKING else self.receive(datagram)
         return events
 
     def send(self, datagram: bytes) -> None:
@@ -310,9 +310,9 @@ class DtlsEngine:
                 handshake.identity = reader.identity()
                 if handshake.identity is not None:
                     self._state = _State.WAITING
-                    handshake.held.append(datagram)
+                    handshake.held.append((datagram, records))
                     return [IdentityNeeded(handshake.identity)]
-        return self._pass_on(datagram)
+        return self._pass_on(datagram, records)
 
     def _screen(self, handshake: _Handshake, datagram: bytes) -> tuple[bytes, list[Record]]:
         """The datagram without the records that a handshake has no use for."""
@@ -340,18 +340,20 @@ class DtlsEngine:
         datagram, records = self._screen(handshake, datagram)
         handshake.bytes += len(datagram)
         if records and handshake.bytes <= self._limits.handshake_bytes:
-            handshake.held.append(datagram)
+            handshake.held.append((datagram, records))
 
-    def _pass_on(self, datagram: bytes) -> list[Event]:
+    def _pass_on(self, datagram: bytes, records: list[Record]) -> list[Event]:
         connection, handshake = self._connection, self._handshake
         assert connection is not None
         assert handshake is not None
-        changed = handshake.key is not None and connection.get_state_string() == _CHANGED_CIPHER
-        finished = False
+        changed = finished = False
         if handshake.key is not None:
-            for record in split_records(datagram):
-                changed = changed or record.content == wire.CHANGE_CIPHER_SPEC
-                finished = finished or (changed and record.epoch == 1)
+            for record in records:
+                if record.content == wire.CHANGE_CIPHER_SPEC:
+                    changed = True
+                elif record.epoch == 1:
+                    changed = changed or connection.get_state_string() == _CHANGED_CIPHER
+                    finished = finished or changed
         events = self._step(connection, datagram)
         # OpenSSL is asked too: it may have discarded the ChangeCipherSpec as too early, or as a copy.
         if self._state is _State.SHAKING and finished and connection.get_state_string() == _CHANGED_CIPHER:
@@ -382,12 +384,11 @@ class DtlsEngine:
         assert handshake is not None
         self._state = _State.OPEN
         self._take_over(connection)
-        certificate = connection.get_peer_certificate()
         proof: Proof
-        if certificate is not None:
-            proof = CertificateProven(dump_certificate(FILETYPE_ASN1, certificate))
-        elif handshake.key is not None and handshake.identity is not None:
+        if handshake.key is not None and handshake.identity is not None:  # a PSK suite: neither shows a certificate
             proof = PskProven(handshake.identity, handshake.key.offer)
+        elif (certificate := connection.get_peer_certificate()) is not None:
+            proof = CertificateProven(dump_certificate(FILETYPE_ASN1, certificate))
         else:
             proof = NothingProven()
         return [Established(proof)]

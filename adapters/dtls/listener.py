@@ -16,6 +16,9 @@ Theory
   one again (by its random value) is a copy that the network made.
 - The places of handshakes and associations are counted in the ledger (admission.py).
 
+One timer serves all handshakes: it looks every 50 ms for those whose flight or time is due. Nearly all are over long
+before OpenSSL would send a flight again, and never ask for their timer.
+
 Who is asked for a key may take its time, in a task of its own; datagrams of that peer wait in its engine.
 
 The socket is read directly, many datagrams per wake-up of the loop: measured at a third of the cost of asyncio's own
@@ -61,6 +64,9 @@ _log = logging.getLogger(__name__)
 _LARGEST_DATAGRAM: Final = 16_384 + 2_048  # RFC 6347 §4.1: one record of the largest size; CoAP's are a tenth of it
 _SWEEPS: Final = 16  # per idle timeout, so that it is kept to within a sixteenth
 _GOODBYES: Final = 64  # in one go when the listener closes
+_TICK: Final = 0.05  # by so much a flight may be sent again too late, of the second that OpenSSL waits first
+_FIRST_LOOK: Final = 0.5  # after a handshake's beginning; nothing is due earlier
+_LOOKS: Final = 1.0  # between two at the most
 _DTLS_12: Final = 0xFEFD
 _ID_BYTES: Final = 16
 _SO_RCVBUFFORCE: Final = 33  # Linux: beyond rmem_max, for those who may
@@ -97,6 +103,7 @@ class DtlsListener:
         self._by_place: dict[Place, _Pending] = {}
         self._socket: socket.socket | None = None
         self._sweeper: asyncio.TimerHandle | None = None
+        self._ticker: asyncio.TimerHandle | None = None
         self._closing = False
 
     async def start(self, host: str, port: int) -> int:
@@ -145,6 +152,9 @@ class DtlsListener:
         """
         bound = self._socket
         self.refuse()
+        if self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker = None
         for number, association in enumerate(self.associations(), 1):
             association.close()
             if number % _GOODBYES == 0:
@@ -221,6 +231,8 @@ class DtlsListener:
         self.counters.started += 1
         pending = _Pending(self, place, address, hello, now)
         self._pending[address] = self._by_place[place] = pending
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().call_later(_TICK, self._tick)
         pending.start(hello)
 
     def _place(self, host: str) -> Place | None:
@@ -291,6 +303,14 @@ class DtlsListener:
         del self._pending[pending.address]
         del self._by_place[pending.place]
 
+    def _tick(self) -> None:
+        """Look after the handshakes that are due; again soon while there are any."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for pending in [each for each in self._pending.values() if each.due <= now]:
+            pending.look(now)
+        self._ticker = loop.call_later(_TICK, self._tick) if self._pending else None
+
     def _sweep(self) -> None:
         """End the associations that have been silent too long."""
         before = self.clock() - self.limits.idle_timeout
@@ -303,14 +323,15 @@ class DtlsListener:
 
 
 class _Pending:
-    """One handshake in flight: its engine, its timers, and the question for its key."""
+    """One handshake in flight: its engine, its times, and the question for its key."""
 
-    __slots__ = ("_asking", "_listener", "_timer", "_until", "address", "engine", "hello_random", "place")
+    __slots__ = ("_asking", "_listener", "_until", "address", "due", "engine", "hello_random", "place")
 
     def __init__(self, listener: DtlsListener, place: Place, address: Address, hello: ClientHello, now: float) -> None:
         self._listener = listener
         self._until = now + listener.limits.handshake_timeout
-        self._timer: asyncio.TimerHandle | None = None
+        self.due = asyncio.get_running_loop().time() + min(_FIRST_LOOK, listener.limits.handshake_timeout)
+        """Loop time at which `look` has something to do."""
         self._asking: asyncio.Task[None] | None = None
         self.place = place
         self.address = address
@@ -328,9 +349,6 @@ class _Pending:
 
     def stop(self) -> None:
         """Let go of everything; the listener has forgotten it already."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if self._asking is not None:
             self._asking.cancel()
             self._asking = None
@@ -344,9 +362,6 @@ class _Pending:
                 case IdentityNeeded(identity):
                     self._asking = asyncio.get_running_loop().create_task(self._ask(identity))
                 case Established(proof):
-                    if self._timer is not None:
-                        self._timer.cancel()
-                        self._timer = None
                     self._listener.verified(self, proof).take(events[number:])
                     return
                 case Ended(reason):
@@ -354,22 +369,16 @@ class _Pending:
                     return
                 case Received():
                     raise AssertionError("nothing is received before the handshake has verified")
-        self._set_timer()
 
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    def look(self, now: float) -> None:
+        """Send a flight again whose time has come; give up when all of the time is over. `now` is loop time."""
         left = self._until - self._listener.clock()
-        due = self.engine.retransmission_due()
-        wait = left if due is None else min(left, due)
-        self._timer = asyncio.get_running_loop().call_later(max(wait, 0.001), self._time_has_come)
-
-    def _time_has_come(self) -> None:
-        self._timer = None
-        if self._listener.clock() >= self._until:
+        if left <= 0:
             self._listener.failed(self, Drop.HANDSHAKE_TIMEOUT)
             return
         self._handle(self.engine.retransmit())
+        again = self.engine.retransmission_due()
+        self.due = now + min(left, _LOOKS if again is None else again, _LOOKS)
 
     async def _ask(self, identity: bytes) -> None:
         key: PskKey | None

@@ -14,8 +14,9 @@ whoever sent it, the cookie decides that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 CHANGE_CIPHER_SPEC: Final = 20
 ALERT: Final = 21
@@ -42,12 +43,13 @@ _LAST_HELLO: Final = 2  # the first ClientHello has number 0, the one with the c
 PSK_SUITES: Final = frozenset({0x00A8, 0x00A9, 0xC0A4, 0xC0A8, 0xCCAC})
 
 _MAX_FRAGMENT_LENGTH: Final = 1
+_LAST_SEQUENCE: Final = (1 << 48) - 1
 
 # An identity of 256 bytes, the longest that OpenSSL takes, and the largest curve point, twice over.
 _KEY_EXCHANGE_ROOM: Final = 1024
 
 
-class Record(NamedTuple):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One record's header, and where it lies in its datagram: `start` of the header, `end` of the fragment."""
 
     content: int
@@ -57,8 +59,7 @@ class Record(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class ClientHello:
+class ClientHello(msgspec.Struct, frozen=True, gc=False):
     """A ClientHello that came whole in the first record of a datagram."""
 
     record: bytes
@@ -77,18 +78,11 @@ def split_records(datagram: bytes) -> list[Record]:
     records: list[Record] = []
     start, size = 0, len(datagram)
     while start + RECORD_HEADER <= size:
-        end = start + RECORD_HEADER + (datagram[start + 11] << 8 | datagram[start + 12])
+        number = int.from_bytes(datagram[start + 3 : start + RECORD_HEADER], "big")  # epoch, sequence, length
+        end = start + RECORD_HEADER + (number & 0xFFFF)
         if end > size:
             break
-        records.append(
-            Record(
-                datagram[start],
-                datagram[start + 3] << 8 | datagram[start + 4],
-                int.from_bytes(datagram[start + 5 : start + 11], "big"),
-                start,
-                end,
-            )
-        )
+        records.append(Record(datagram[start], number >> 64, number >> 16 & _LAST_SEQUENCE, start, end))
         start = end
     return records
 

@@ -15,15 +15,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
-from msgspec import inspect
+from msgspec import Meta, inspect
 
 from registry.secrets import Secret
 
 MAX_SHOWN = 60
 """Characters of a refused value that its error repeats: enough to recognise it, too few to flood a terminal."""
+
+Seconds = Annotated[float, Meta(ge=0.1, le=86_400)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the file."""
 
 
 class ConfigError(Exception):

@@ -17,6 +17,7 @@ up already is not closed when its template is disabled; its next claim is refuse
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -78,16 +79,16 @@ class ClaimPsks:
         stand_in: Secret[bytes] = Secret(self._random(SECRET_BYTES))
         if state is None:
             self._ring.open(self._decoy, claim_psk_context(*_NOBODYS))
-            self._note(None, "unknown claim psk", contact)
+            self._note_behind(None, "unknown claim psk", contact)
             return ClaimOffer(stand_in, None, None)
         try:
             key = self._ring.open(state.sealed_claim_psk, claim_psk_context(state.tenant_id, state.template_id))
         except SealBroken as broken:
-            self._note(state, f"sealed claim psk does not open: {broken}", contact)
+            self._note_behind(state, f"sealed claim psk does not open: {broken}", contact)
             return ClaimOffer(stand_in, None, None)
         objection = self._objection(state)
         if objection is not None:
-            self._note(state, objection, contact)
+            self._note_behind(state, objection, contact)
             return ClaimOffer(stand_in, None, None)
         return ClaimOffer(key, state.tenant_id, state.template_id)
 
@@ -113,6 +114,10 @@ class ClaimPsks:
         if state.status is TemplateStatus.USED and not state.repeatable:
             return "template used"
         return None
+
+    def _note_behind(self, state: ClaimPskState | None, reason: str, contact: Contact) -> None:
+        """Behind the caller's next step, which answers the peer: so the note takes none of the peer's time."""
+        asyncio.get_running_loop().call_soon(self._note, state, reason, contact)
 
     def _note(self, state: ClaimPskState | None, reason: str, contact: Contact) -> None:
         self._refusals.note(

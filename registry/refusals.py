@@ -110,6 +110,7 @@ class Refusals:
     async def flush(self, *, device_id: DeviceId | None = None, everything: bool = False) -> None:
         """Write what is due; all of one device's at once if it is named. Raises Unavailable, and then loses nothing."""
         async with self._writing:
+            await asyncio.sleep(0)  # for what is being noted in this turn of the loop (resolver.py, `offer`)
             now = asyncio.get_running_loop().time()
             for key in [k for k, h in self._held.items() if not h.count and now - h.last_written > HOLD_SECONDS]:
                 del self._held[key]

@@ -25,6 +25,7 @@ gives is a RenewalRight, which no session takes.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -166,21 +167,25 @@ class Resolver:
         return state.device_id
 
     async def offer(self, evidence: PskIdentity, contact: Contact) -> PskOffer:
-        """A key to run a PSK handshake with, for any identity. Raises Unavailable only."""
+        """A key to run a PSK handshake with, for any identity. Raises Unavailable only.
+
+        Refusals are noted behind the caller's next step, which answers the peer: a note costs a thirtieth of what the
+        peer waits for, and a wrong key, of which nothing is known yet, has none.
+        """
         state = await self._read(lookup_of(evidence), contact)
         stand_in: Secret[bytes] = Secret(self._random(secrets.SECRET_BYTES))
         if state is None or state.sealed_key is None:
             self._ring.open(self._decoy, _DECOY)
-            self._note(None, "unknown psk", contact)
+            self._note_behind(None, "unknown psk", contact)
             return PskOffer(stand_in, None)
         try:
             key = self._ring.open(state.sealed_key, psk_seal(state))
         except SealBroken as broken:
-            self._note(state, f"sealed key does not open: {broken}", contact)
+            self._note_behind(state, f"sealed key does not open: {broken}", contact)
             return PskOffer(stand_in, None)
         reason = self.judge(state)
         if reason is not None:  # a peer with the right key must not learn that it was the right one
-            self._note(state, reason, contact)
+            self._note_behind(state, reason, contact)
             return PskOffer(stand_in, None)
         return PskOffer(key, state)
 
@@ -286,6 +291,9 @@ class Resolver:
     ) -> Unauthenticated:
         self._note(state, reason, contact, identity)
         return Unauthenticated(reason)
+
+    def _note_behind(self, state: CredentialState | None, reason: str, contact: Contact) -> None:
+        asyncio.get_running_loop().call_soon(self._note, state, reason, contact)
 
     def _note(
         self, state: CredentialState | None, reason: str, contact: Contact, identity: Identity | None = None

@@ -58,6 +58,7 @@ from registry.messaging_values import (
     Retained,
     Router,
     Routing,
+    SessionKey,
     SessionRoute,
     StoredSessionId,
     StoredSubscription,
@@ -206,7 +207,8 @@ class Messaging:
 
         With a `clean` opening, or an expiry of 0 and nothing stored, there is nothing to store: `ownership` is None.
         The will of such a session stays the adapter's. Judge what comes back by the grants of now: subscriptions and
-        queued messages are as they were. Raises Unavailable, OutcomeOpen, ResourceExhausted (the device's sessions).
+        queued messages are as they were. Raises Unavailable, OutcomeOpen (`disown` it then), ResourceExhausted (the
+        device's sessions).
         """
         return await self._sessions.take(opening)
 
@@ -220,6 +222,15 @@ class Messaging:
         OutcomeOpen; until it succeeds the session counts as served. Raises SessionLost: somebody else has it.
         """
         await self._sessions.release(ownership, publish_will=publish_will, expiry=expiry, unsent=unsent)
+
+    async def disown(self, key: SessionKey) -> bool:
+        """Let a session go that a `take` of this node may have taken without an answer: nobody would serve it, and it
+        would never expire. Whether it was so. Its will was armed by nobody who connected, and is dropped.
+
+        Duty of the caller: nobody here serves a session of this key, takes it or releases it meanwhile. May be repeated
+        when it raises Unavailable or OutcomeOpen.
+        """
+        return await self._sessions.disown(key)
 
     async def end(self, ownership: Ownership, *, publish_will: bool = False) -> None:
         """The session is over, and everything of it goes. Raises SessionLost, Unavailable, OutcomeOpen."""

@@ -40,6 +40,7 @@ from registry.storage import events
 from registry.storage import messaging_sessions as storage
 from registry.storage.commits import certain_transaction
 from registry.storage.database import Connection, Database
+from registry.storage.messaging_sessions import Locked
 
 _CHUNK = 500
 """Sessions in one transaction of upkeep: some tens of milliseconds."""
@@ -136,26 +137,43 @@ class StoredSessions:
         self, ownership: Ownership, *, publish_will: bool, expiry: float | None, unsent: Sequence[int]
     ) -> None:
         """See `Messaging.release`. May be repeated."""
-        routed = False
         async with certain_transaction(self._database) as connection:
             session = (await storage.lock(connection, [ownership.session_id])).get(ownership.session_id)
             if session is None or session.epoch != ownership.epoch:
                 raise SessionLost
             if session.node_id is None:
                 return
-            now = self._clock()
-            outlives = session.expiry if expiry is None else expiry
-            if publish_will:
-                await storage.trigger_will(connection, session.session_id, now, outlives)
-            else:
-                await storage.drop_wills(connection, [session.session_id])
-            if outlives > 0:
-                await storage.let_go(connection, session.session_id, outlives, now, unsent)
-            else:
-                await storage.finish_wills(connection, [session.session_id], now)
-                routed = await storage.remove(connection, {session.session_id: session.key.tenant_id})
+            routed = await self._release(connection, session, publish_will, expiry, unsent)
         if routed:
             self._hint_all()
+
+    async def disown(self, key: SessionKey) -> bool:
+        """See `Messaging.disown`. May be repeated."""
+        async with certain_transaction(self._database) as connection:
+            place = await storage.find(connection, key)
+            if place is None or place.node_id != self._node_id:
+                return False
+            session = (await storage.lock(connection, [place.session_id]))[place.session_id]
+            routed = await self._release(connection, session, publish_will=False, expiry=None, unsent=())
+        if routed:
+            self._hint_all()
+        return True
+
+    async def _release(
+        self, connection: Connection, session: Locked, publish_will: bool, expiry: float | None, unsent: Sequence[int]
+    ) -> bool:
+        """Let a session go whose row is held; whether routes changed."""
+        now = self._clock()
+        outlives = session.expiry if expiry is None else expiry
+        if publish_will:
+            await storage.trigger_will(connection, session.session_id, now, outlives)
+        else:
+            await storage.drop_wills(connection, [session.session_id])
+        if outlives > 0:
+            await storage.let_go(connection, session.session_id, outlives, now, unsent)
+            return False
+        await storage.finish_wills(connection, [session.session_id], now)
+        return await storage.remove(connection, {session.session_id: session.key.tenant_id})
 
     async def end(self, ownership: Ownership, *, publish_will: bool) -> None:
         """See `Messaging.end`. May be repeated."""

@@ -95,7 +95,16 @@ from registry.errors import (
     Unavailable,
 )
 from registry.events import EventKind
-from registry.messaging_values import Incoming, Opening, Ownership, Published, SessionKey, SessionLost, StoredSession
+from registry.messaging_values import (
+    Incoming,
+    Opening,
+    OutcomeOpen,
+    Ownership,
+    Published,
+    SessionKey,
+    SessionLost,
+    StoredSession,
+)
 from registry.model import Contact, DeviceId, TenantId, Transport
 from registry.payloads import NewUplink, PayloadTooLarge, Source
 from registry.sessions import Session as RegistrySession
@@ -139,8 +148,8 @@ class Devices:
             if _is_over(peer, session):  # while it waited for its turn
                 return
             role = DeviceRole(self, peer, session, key, grants)
-            present = await self._take(role, connect)
             try:
+                present = await self._take(role, connect)
                 await self.broker.enter(role)
             except BaseException:
                 role.give_up()
@@ -168,18 +177,39 @@ class Devices:
         expiry = role.peer.machine.granted_expiry(connect)
         if expiry <= 0 and connect.clean_start and not connect.client_id:
             return False  # nobody can have had this session
-        taken = await self.broker.messaging.take(
-            Opening(
-                SessionKey(tenant_id, device_id, client_id),
-                role.session.identity.credential_id,
-                connect.clean_start,
-                expiry,
-                None if connect.will is None else will_to_store(connect.will),
-            )
+        opening = Opening(
+            SessionKey(tenant_id, device_id, client_id),
+            role.session.identity.credential_id,
+            connect.clean_start,
+            expiry,
+            None if connect.will is None else will_to_store(connect.will),
         )
+        try:
+            taken = await self.broker.messaging.take(opening)
+        except OutcomeOpen:
+            self.server.track(self.server.loop.create_task(self._disown(role.key), name="mqtt disown"))
+            raise
         role.own_session(taken.ownership, taken.resumed)
         self.broker.serve(role)
         return taken.resumed is not None
+
+    async def _disown(self, key: Key) -> None:
+        """Nobody knows whether a session was taken, and its client was turned away: if it was, let it go again, unless
+        the client is back before."""
+        while True:
+            async with self._alone(key):
+                if key in self.by_key:
+                    return
+                leaving = self.leaving.get(key)
+                if leaving is not None:
+                    await asyncio.wait((leaving,))
+                try:
+                    await self.broker.messaging.disown(SessionKey(*key))
+                except Unavailable:
+                    pass
+                else:
+                    return
+            await asyncio.sleep(_RELEASE_AGAIN_SECONDS)
 
     @asynccontextmanager
     async def _alone(self, key: Key) -> AsyncIterator[None]:
@@ -290,6 +320,7 @@ class DeviceRole:
         if resumed is None:
             self.mqtt = Session(limits, durable=True)
             return
+        self.mqtt.expiry = resumed.expiry  # so that it is let go, and not ended, if it cannot be restored
         self.mqtt = Session.restore(snapshot_of(resumed), limits)
 
     async def judge(self) -> None:

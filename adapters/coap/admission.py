@@ -11,7 +11,8 @@
 
 Deciding begins with the association, not with its first request; what it asks meanwhile is held by the endpoint.
 An association is admitted once and then stands as a session in the registry's table, which ends it: on revocation,
-expiry and kick. The peer gets close_notify (RFC 5246 §7.2.1) and everything of it is dropped: exchanges, observations,
+expiry and kick. A Renewer has none: it lives as long as a Claimant may, and its right is judged again with each
+request for a certificate. The peer gets close_notify (RFC 5246 §7.2.1) and everything of it is dropped: exchanges, observations,
 the association. Its next handshake gets a random key or a refused certificate.
 
 A Claimant has no identity and opens no session. It may provision, and read what is nobody's secret; how many there
@@ -176,7 +177,9 @@ class Admission:
         contact = _contact(guest.association.address)
         evidence = ClientCertificate(der)
         if _has_ended(der, self.registry):  # only such a one may have the smaller right; everybody else is judged once
-            return Renewer(await self.registry.resolver.admit_for_renewal(evidence, contact))
+            right = await self.registry.resolver.admit_for_renewal(evidence, contact)
+            guest.end_in(self.limits.provisioning_seconds)  # it has no session that could end it
+            return Renewer(right)
         identity = await self.registry.resolver.admit(evidence, contact)
         return await self._open(guest, identity, contact)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
+from adapters.coap.server_limits import ServerLimits
+from certs.request import MAXIMUM_REQUEST_BYTES
 from tests.coap_server import Running, serving_coap
-from tests.dtls_peers import certificate_client_context
-from tests.http_api import Api, api  # noqa: F401
+from tests.dtls_peers import certificate_client_context, make_client_certificate
+from tests.http_api import BASE, Api, api, now, running_api  # noqa: F401
 from tests.tls_peers import Holder
 
 PKCS7, ATTRIBUTES, PKCS10, SINGLE = 281, 285, 286, 287
@@ -24,6 +27,16 @@ PKCS7, ATTRIBUTES, PKCS10, SINGLE = 281, 285, 286, 287
 async def coap(api: Api) -> AsyncIterator[Running]:  # noqa: F811
     async with serving_coap(api) as running:
         yield running
+
+
+class MovableClock:
+    """The real time and an offset."""
+
+    def __init__(self) -> None:
+        self.offset = timedelta()
+
+    def __call__(self) -> datetime:
+        return datetime.now(UTC) + self.offset
 
 
 def request(key: ec.EllipticCurvePrivateKey, subject: x509.Name) -> bytes:
@@ -80,6 +93,69 @@ async def test_a_holder_renews_and_comes_back_with_the_new_one(coap: Running) ->
         assert (await client.post("/telemetry", {"main.t": 1})).code is Code.CHANGED
         links = (await client.get("/.well-known/core")).payload
         assert b"/.well-known/est/sren" in links
+
+
+async def test_within_the_grace_a_certificate_renews_and_does_nothing_else(dsn: str) -> None:
+    clock = MovableClock()
+    limits = ServerLimits(provisioning_seconds=2.0)
+    async with running_api(dsn, clock=clock) as running, serving_coap(running, limits) as coap:
+        old = await holder(coap)
+        end = old.certificate.not_valid_after_utc
+        fresh = ec.generate_private_key(ec.SECP256R1())
+        csr = request(fresh, old.certificate.subject)
+        clock.offset = end - now() + timedelta(days=6)
+        async with coap.client(certificate_client_context(old)) as client:
+            for path in ("/config", "/telemetry"):
+                answer = await client.post(path, {}) if path == "/telemetry" else await client.get(path)
+                assert answer.code is Code.FORBIDDEN, "it is known, and may only be renewed"
+            links = (await client.get("/.well-known/core")).payload.decode()
+            assert {link.split(">")[0].split("/")[-1] for link in links.split(",")} == {
+                "time", "crts", "att", "sen", "sren"
+            }  # fmt: skip
+            renewed = await client.post("/.well-known/est/sren", csr, PKCS10, accept=SINGLE)
+            assert renewed.code is Code.CHANGED
+            assert coap.api.registry.sessions.all() == []
+            await client.closed()
+        certificate = x509.load_der_x509_certificate(renewed.payload)
+        assert certificate.not_valid_after_utc > clock()
+        async with coap.client(certificate_client_context(Holder(certificate, fresh))) as client:
+            assert (await client.post("/telemetry", {"main.t": 1})).code is Code.CHANGED
+        clock.offset = end - now() + timedelta(days=8)
+        async with coap.client(certificate_client_context(old)) as client:
+            assert (await client.post("/.well-known/est/sren", csr, PKCS10)).code is Code.UNAUTHORIZED
+            await client.closed()
+
+
+async def test_the_grace_of_a_revoked_certificate_is_over(dsn: str) -> None:
+    clock = MovableClock()
+    async with running_api(dsn, clock=clock) as running, serving_coap(running) as coap:
+        old = await holder(coap)
+        csr = request(old.key, old.certificate.subject)
+        clock.offset = old.certificate.not_valid_after_utc - now() + timedelta(days=1)
+        async with coap.client(certificate_client_context(old)) as client:
+            assert (await client.get("/time")).code is Code.CONTENT
+            fingerprint = old.certificate.fingerprint(hashes.SHA256()).hex()
+            async with running.client(authorization=f"Bearer {running.token(at=clock())}") as operator:
+                assert (await operator.delete(f"{BASE}/devices/certs/{fingerprint}")).status_code == 200
+            refused = await client.post("/.well-known/est/sren", csr, PKCS10)
+            assert refused.code is Code.UNAUTHORIZED, "the right is judged again, though the association stands"
+
+
+async def test_a_foreign_certificate_is_its_own_authority_s_to_renew(coap: Running) -> None:
+    """RFC 7030 §4.2.1 leaves to the server whom it enrolls. A certificate of ours would outlive the foreign one and its
+    revocation, which the operator has not asked for."""
+    foreign = make_client_certificate("foreign")
+    made = await coap.api.registered()
+    pem = foreign.certificate.public_bytes(Encoding.PEM).decode()
+    await coap.post(f"/devices/{made['device_id']}/certs", {"certificate": pem, "overlap_seconds": 0})
+    async with coap.client(certificate_client_context(foreign)) as client:
+        assert (await client.get("/config")).code is Code.CONTENT
+        for name in ("sen", "sren"):
+            answer = await client.post(f"/.well-known/est/{name}", request(foreign.key, x509.Name([])), PKCS10)
+            assert answer.code is Code.BAD_REQUEST
+            assert b"by its own authority" in answer.payload
+        large = await client.upload("/.well-known/est/sen", bytes(20_000), PKCS10)
+        assert (large.code, large.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, MAXIMUM_REQUEST_BYTES)
 
 
 async def test_a_first_name_of_enrolment_takes_any_subject_and_gives_the_registry_s(coap: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -182,6 +183,37 @@ async def test_the_configuration_is_read_observed_and_reported(coap: Running) ->
             reported = await client.ask(code, "/config/reported", b'{"version": 2}', content_format=JSON)
             assert reported.code is Code.CHANGED
     assert (await coap.get(desired))["reported"]["version"] == 2
+
+
+async def test_a_configuration_that_changes_while_it_is_fetched_is_never_mixed(coap: Running) -> None:
+    old, new = {"text": "old " * 200}, {"text": "new " * 400}
+    device = await coap.device(config=old)
+    desired = f"/devices/{device.device_id}/config"
+
+    async def block(client: CoapClient, number: int) -> Message:
+        answer = await client._exchange(Code.GET, "/config", b"", block2=(number, False, 4))
+        assert (answer.code, answer.opt.block2.block_number) == (Code.CONTENT, number)
+        return answer
+
+    async with coap.client(device) as client:
+        first = await block(client, 0)
+        assert first.opt.size2 > 800
+        await coap.post(desired, {"config": new}, "PUT")
+        blocks = [first] + [await block(client, number) for number in (1, 2, 3)]
+        assert {each.opt.etag for each in blocks} == {b"\x01"}, "RFC 7959 §2.4: the same representation"
+        assert json.loads(b"".join(each.payload for each in blocks)) == {"version": 1, "config": old}
+        assert (await client.get("/config")).value == {"version": 2, "config": new}
+
+        observed = await client.observe("/config", block2=(0, False, 4))
+        assert observed.etag == b"\x02"
+        halfway = [await block(client, number) for number in (0, 1)]
+        await coap.post(desired, {"config": old}, "PUT")
+        news = await client.notified()
+        after = await block(client, 2)
+        assert [each.opt.etag for each in halfway] == [b"\x02", b"\x02"]
+        assert (news.etag, after.opt.etag) == (b"\x03", b"\x03"), "the client sees that it has changed, and begins anew"
+        rest = [await block(client, number) for number in (1, 2, 3)]
+        assert json.loads(news.payload + b"".join(each.payload for each in rest)) == {"version": 3, "config": old}
 
 
 async def _queued(coap: Running, device_id: str, method: str) -> str:

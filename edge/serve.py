@@ -27,25 +27,30 @@ from types import MappingProxyType
 import asyncpg
 import msgspec
 
-from adapters.coap.limits import CoapLimits
 from adapters.coap.server import CoapServer
-from adapters.coap.server_limits import ServerLimits as CoapServerLimits
-from adapters.dtls.admission import DtlsCounters, DtlsLimits
+from adapters.dtls.admission import DtlsCounters
 from adapters.dtls.context import DtlsContext
-from adapters.http.api_request import Service
-from adapters.http.app import HttpApi, HttpApiSettings, create_app
-from adapters.http.limits import HttpLimits
+from adapters.http.app import create_app
 from adapters.http.server import HttpsServer
 from adapters.http.upgrade import WebSocketRoute
-from adapters.mqtt.machine_limits import MqttLimits
 from adapters.mqtt.server import MqttServer
-from adapters.mqtt.server_limits import ServerLimits
 from adapters.mqtt.websocket import SUBPROTOCOL, WebSockets
 from adapters.provisioning import Endpoint, Provisioning
-from adapters.tls.admission import TlsCounters, TlsLimits
+from adapters.tls.admission import TlsCounters
 from adapters.tls.context import ServerCredentials, TlsContext
 from edge import garbage, logs
 from edge.config import Coap, Config, Https, Mqtt, Ops
+from edge.instruments import watch_coap, watch_https, watch_listeners, watch_mqtt, watch_registry
+from edge.limits import (
+    api_settings,
+    coap_limits,
+    coap_server_limits,
+    dtls_limits,
+    http_limits,
+    messaging_limits,
+    mqtt_limits,
+    tls_limits,
+)
 from edge.metrics import Metrics
 from edge.ops import CheckResult, OpsServer
 from edge.postgres import DataDirectoryBusy, EmbeddedPostgres, PostgresUnavailable
@@ -58,9 +63,7 @@ from registry.core import Registry
 from registry.errors import Unavailable
 from registry.feed import NodeBusy
 from registry.messaging import Messaging
-from registry.messaging_limits import MessagingLimits
 from registry.model import NodeId, Transport
-from registry.observation import Limit, UplinkOutcome
 from registry.retention import Retention, RetentionSettings
 from registry.sealing import KeyRingError, load_or_create
 from registry.storage.database import Database, is_away
@@ -70,8 +73,6 @@ from registry.trust import WrongKeyRing, open_trust
 log = logging.getLogger(__name__)
 
 CHAIN_FILE = "ca-chain.pem"
-COAP_PRESENT = frozenset({"peers", "serving", "observations"})
-"""Of what CoAP counts, how many there are now."""
 MQTT_PATH = "/mqtt"
 """Where MQTT over WebSocket is on the HTTPS port; what clients assume when nothing is said."""
 AUTHORITIES_SECONDS = 1.0
@@ -240,7 +241,11 @@ class Server:
         supervisor.keep("presence", registry.presence.run)
         supervisor.keep("retention", lambda: _every_hour(retention, registry.certificates))
         supervisor.keep("probe", lambda: self._probe(core.database))
-        self._watch(core)
+        watch_registry(self._metrics, registry)
+        self._metrics.watch_loops(lambda: supervisor.restarts)
+        postgres = self._postgres
+        if postgres is not None:
+            self._metrics.watch_postgres(lambda: postgres.restarts)
         try:
             yield
         finally:
@@ -266,14 +271,10 @@ class Server:
             NodeId(config.node.id),
             clock=time.time,
             random=os.urandom,
-            limits=MessagingLimits(
-                queued_messages=config.mqtt.queued_messages,
-                queued_bytes=config.mqtt.queued_bytes,
-                full_queue_seconds=config.mqtt.full_queue_seconds,
-            ),
+            limits=messaging_limits(config),
         )
         self._mqtt = server = MqttServer(
-            core.registry, messaging, provisioning, context, limits=_mqtt_limits(config), tls_limits=_tls_limits(config)
+            core.registry, messaging, provisioning, context, limits=mqtt_limits(config), tls_limits=tls_limits(config)
         )
         await messaging.start(server.broker)
         core.registry.feed.add_follower(messaging)
@@ -282,7 +283,7 @@ class Server:
         self._stack.push_async_callback(_leave, messaging, loops)
         port = await _listening("mqtt", config.mqtt, server.start)
         provisioning.mqtt = Endpoint(public_host(config, config.mqtt.host), port)
-        self._watch_mqtt(server)
+        watch_mqtt(self._metrics, server)
         try:
             yield port
         finally:
@@ -297,13 +298,13 @@ class Server:
             core.registry,
             provisioning,
             context,
-            limits=_coap_server_limits(config),
-            coap_limits=_coap_limits(config),
-            dtls_limits=_dtls_limits(config),
+            limits=coap_server_limits(config),
+            coap_limits=coap_limits(config),
+            dtls_limits=dtls_limits(config),
         )
         port = await _listening("coap", config.coap, server.start)
         provisioning.coap = Endpoint(public_host(config, config.coap.host), port)
-        self._watch_coap(server)
+        watch_coap(self._metrics, server)
         try:
             yield port
         finally:
@@ -313,16 +314,17 @@ class Server:
 
     @asynccontextmanager
     async def _https_listener(self, core: Core, context: TlsContext, provisioning: Provisioning) -> AsyncIterator[int]:
-        app = create_app(core.registry, _api_settings(self._config, provisioning), self._metrics)
+        app = create_app(core.registry, api_settings(self._config, provisioning), self._metrics)
         self._https = server = HttpsServer(
             app.asgi,
             context,
-            limits=_http_limits(self._config),
-            tls_limits=_tls_limits(self._config),
+            limits=http_limits(self._config),
+            tls_limits=tls_limits(self._config),
             hot=app.hot,
             upgrades=self._upgrades(),
         )
-        self._watch_https(core, app, server)
+        watch_https(self._metrics, app, server)
+        watch_listeners(self._metrics, self._listeners(server))
         port = await _listening("https", self._config.https, server.start)
         try:
             yield port
@@ -332,6 +334,15 @@ class Server:
             core.registry.commands.drain()
             app.service.streams.end()
             await self._drain(server)
+
+    def _listeners(self, https: HttpsServer) -> dict[Transport, TlsCounters | DtlsCounters]:
+        assert self._mqtt is not None, "MQTT starts first"
+        assert self._coap is not None, "CoAP starts first"
+        return {
+            Transport.HTTPS: https.tls_counters,
+            Transport.MQTT: self._mqtt.tls_counters,
+            Transport.COAP: self._coap.dtls_counters,
+        }
 
     def _upgrades(self) -> dict[str, WebSocketRoute]:
         """MQTT on the HTTPS port. Its server outlives this port's, so its peers are drained in MQTT's own words."""
@@ -384,61 +395,6 @@ class Server:
                 "coap": _check(self._coap is not None and not self._draining, "draining"),
             }
         )
-
-    def _watch(self, core: Core) -> None:
-        metrics, registry = self._metrics, core.registry
-        metrics.watch_sessions(registry.sessions.count)
-        metrics.watch_uplink_queue(lambda: registry.uplinks.queued, lambda: registry.uplinks.queued_bytes)
-        metrics.watch_feed(lambda: max(registry.feed.lost_seconds(), registry.feed.lag_seconds))
-        metrics.watch_limits(lambda: {Limit.UPLINK_QUEUE: registry.uplinks.turned_away})
-        metrics.watch_loops(lambda: self._supervisor.restarts)
-        postgres = self._postgres
-        if postgres is not None:
-            metrics.watch_postgres(lambda: postgres.restarts)
-
-    def _watch_https(self, core: Core, app: HttpApi, server: HttpsServer) -> None:
-        metrics, intake = self._metrics, app.hot.counters
-        listeners: dict[Transport, TlsCounters | DtlsCounters] = {Transport.HTTPS: server.tls_counters}
-        if self._mqtt is not None:
-            listeners[Transport.MQTT] = self._mqtt.tls_counters
-        if self._coap is not None:
-            listeners[Transport.COAP] = self._coap.dtls_counters
-        metrics.watch_listeners(lambda: {transport: each.as_dict() for transport, each in listeners.items()})
-        metrics.watch_uplinks(
-            Transport.HTTPS,
-            lambda: {
-                UplinkOutcome.STORED: intake.stored,
-                UplinkOutcome.DUPLICATE: intake.duplicate,
-                UplinkOutcome.REJECTED: intake.rejected,
-            },
-        )
-        metrics.watch_limits(lambda: _limits_hit(app.service, server))
-
-    def _watch_mqtt(self, server: MqttServer) -> None:
-        metrics, counters = self._metrics, server.counters
-        metrics.watch_uplinks(
-            Transport.MQTT,
-            lambda: {
-                UplinkOutcome.STORED: counters.stored,
-                UplinkOutcome.DUPLICATE: counters.duplicate,
-                UplinkOutcome.REJECTED: counters.rejected,
-            },
-        )
-        metrics.watch_mqtt(counters.as_dict)
-        metrics.watch_limits(lambda: _mqtt_limits_hit(server))
-
-    def _watch_coap(self, server: CoapServer) -> None:
-        metrics, counters = self._metrics, server.counters
-        metrics.watch_uplinks(
-            Transport.COAP,
-            lambda: {
-                UplinkOutcome.STORED: counters.stored,
-                UplinkOutcome.DUPLICATE: counters.duplicate,
-                UplinkOutcome.REJECTED: counters.rejected,
-            },
-        )
-        metrics.watch_coap(lambda: {**server.coap_counters.as_dict(), **counters.as_dict()}, COAP_PRESENT)
-        metrics.watch_limits(lambda: _coap_limits_hit(server))
 
 
 async def serve(config: Config) -> int:
@@ -555,170 +511,6 @@ def _check(ok: bool, reason: str) -> CheckResult:
     return CheckResult(True) if ok else CheckResult(False, reason)
 
 
-def _api_settings(config: Config, provisioning: Provisioning) -> HttpApiSettings:
-    limits = config.limits
-    return HttpApiSettings(
-        tenant_requests_per_second=limits.tenant_requests_per_second,
-        tenant_requests_burst=limits.tenant_requests_burst,
-        key_requests_per_second=limits.key_requests_per_second,
-        key_requests_burst=limits.key_requests_burst,
-        provisioning_attempts_per_second=limits.provisioning_attempts_per_second,
-        provisioning_attempts_burst=limits.provisioning_attempts_burst,
-        open_requests_per_second=limits.open_requests_per_second,
-        open_requests_burst=limits.open_requests_burst,
-        failed_authentications_per_second=limits.failed_authentications_per_second,
-        failed_authentications_burst=limits.failed_authentications_burst,
-        sse_streams=limits.sse_streams,
-        sse_streams_per_tenant=limits.sse_streams_per_tenant,
-        rotation_overlap_seconds=config.security.rotation_overlap_seconds,
-        max_body_bytes=limits.body_bytes,
-        open_body_bytes=limits.open_body_bytes,
-        uplink_payload_bytes=limits.uplink_payload_bytes,
-        mqtt=provisioning.mqtt,
-        coap=provisioning.coap,
-    )
-
-
-def _limits_hit(service: Service, server: HttpsServer) -> dict[Limit, int]:
-    http, tls, allowances = server.counters, server.tls_counters, service.allowances.counters
-    return {
-        Limit.HEADER: http.refused_headers_too_large + http.refused_target_too_long,
-        Limit.BODY: http.refused_body_too_large + allowances.body,
-        Limit.REQUESTS: http.refused_overload,
-        Limit.SLOW_SENDER: http.refused_slow + http.stalled,
-        Limit.HANDSHAKES: _handshakes_dropped(tls),
-        Limit.CONNECTIONS: tls.dropped_connection_limit + tls.dropped_address_connections,
-        Limit.TENANT_REQUESTS: allowances.tenant,
-        Limit.KEY_REQUESTS: allowances.credential,
-        Limit.OPEN_REQUESTS: allowances.address,
-        Limit.PROVISIONING_ATTEMPTS: allowances.provisioning,
-        Limit.FAILED_AUTHENTICATIONS: allowances.failures,
-        Limit.SSE_STREAMS: service.streams.turned_away,
-        Limit.UPLINK_PAYLOAD: service.intake.counters.too_large,
-    }
-
-
-def _handshakes_dropped(tls: TlsCounters) -> int:
-    refused = tls.dropped_handshake_limit + tls.dropped_address_limit
-    return refused + tls.dropped_handshake_displaced + tls.dropped_handshake_timeout
-
-
-def _mqtt_limits_hit(server: MqttServer) -> dict[Limit, int]:
-    counters, tls = server.counters, server.tls_counters
-    return {
-        Limit.SLOW_SENDER: counters.timed_out,
-        Limit.HANDSHAKES: _handshakes_dropped(tls),
-        Limit.CONNECTIONS: tls.dropped_connection_limit + counters.turned_away,
-        Limit.UPLINK_PAYLOAD: counters.too_large,
-    }
-
-
-def _mqtt_limits(config: Config) -> ServerLimits:
-    mqtt = config.mqtt
-    machine = MqttLimits(
-        packet_bytes=mqtt.packet_bytes,
-        connect_timeout=mqtt.connect_seconds,
-        keep_alive=mqtt.keep_alive_seconds,
-        idle=float(mqtt.idle_seconds),
-        receive_maximum=mqtt.receive_maximum,
-        unanswered_messages=mqtt.receive_maximum,
-        inflight=mqtt.inflight,
-        queued_messages=mqtt.queued_messages,
-        queued_bytes=mqtt.queued_bytes,
-        subscriptions=mqtt.subscriptions,
-        session_expiry=float(mqtt.session_expiry_seconds),
-    )
-    return ServerLimits(
-        machine=machine,
-        provisioning=mqtt.provisioning_connections,
-        provisioning_seconds=mqtt.provisioning_seconds,
-        provisioning_attempts_per_second=config.limits.provisioning_attempts_per_second,
-        provisioning_attempts_burst=config.limits.provisioning_attempts_burst,
-        taming_longest=mqtt.refused_wait_seconds,
-        payload_bytes=config.limits.uplink_payload_bytes,
-    )
-
-
-def _coap_limits_hit(server: CoapServer) -> dict[Limit, int]:
-    counters, coap, dtls = server.counters, server.coap_counters, server.dtls_counters.as_dict()
-    return {
-        Limit.BODY: coap.too_large,
-        Limit.REQUESTS: coap.busy,
-        Limit.SLOW_SENDER: coap.incomplete,
-        Limit.HANDSHAKES: dtls["dropped_handshake_limit"]
-        + dtls["dropped_address_limit"]
-        + dtls["dropped_handshake_timeout"],
-        Limit.CONNECTIONS: dtls["dropped_association_limit"]
-        + dtls["dropped_address_associations"]
-        + counters.turned_away,
-        Limit.KEY_REQUESTS: counters.key_requests,
-        Limit.TENANT_REQUESTS: counters.tenant_requests,
-        Limit.PROVISIONING_ATTEMPTS: counters.provisioning_attempts,
-        Limit.UPLINK_PAYLOAD: counters.too_large,
-    }
-
-
-def _coap_server_limits(config: Config) -> CoapServerLimits:
-    coap = config.coap
-    limits = config.limits
-    return CoapServerLimits(
-        associations_per_device=coap.associations_per_device,
-        provisioning=coap.provisioning_associations,
-        provisioning_seconds=coap.provisioning_seconds,
-        provisioning_attempts_per_second=limits.provisioning_attempts_per_second,
-        provisioning_attempts_burst=limits.provisioning_attempts_burst,
-        key_requests_per_second=limits.key_requests_per_second,
-        key_requests_burst=limits.key_requests_burst,
-        tenant_requests_per_second=limits.tenant_requests_per_second,
-        tenant_requests_burst=limits.tenant_requests_burst,
-        payload_bytes=limits.uplink_payload_bytes,
-    )
-
-
-def _coap_limits(config: Config) -> CoapLimits:
-    body = config.coap.body_bytes
-    return CoapLimits(
-        requests=config.limits.requests,
-        observations_per_peer=config.coap.observations,
-        body_bytes=body,
-        upload_bytes_per_peer=2 * body,
-        upload_bytes=max(CoapLimits().upload_bytes, 4 * body),
-    )
-
-
-def _dtls_limits(config: Config) -> DtlsLimits:
-    coap = config.coap
-    return DtlsLimits(
-        handshake_timeout=coap.handshake_seconds,
-        handshakes_in_flight=coap.handshakes,
-        handshakes_per_address=coap.handshakes_per_address,
-        associations=coap.associations,
-        associations_per_address=coap.associations_per_address,
-        idle_timeout=coap.idle_seconds,
-        mtu=coap.datagram_bytes,
-        fallback_mtu=min(DtlsLimits().fallback_mtu, coap.datagram_bytes),
-    )
-
-
-def _http_limits(config: Config) -> HttpLimits:
-    limits = config.limits
-    return HttpLimits(
-        max_header_bytes=limits.header_bytes,
-        max_header_count=limits.header_count,
-        max_body_bytes=limits.body_bytes,
-        body_overrides={"/api/v1/devices/import": limits.import_body_bytes},
-        max_in_flight=limits.requests,
-        bodies_per_address=limits.unauthenticated_bodies_per_address,
-        header_timeout=limits.header_timeout_seconds,
-        anonymous_body_timeout=limits.unauthenticated_body_seconds,
-        min_body_rate=limits.min_body_rate_bytes,
-        keep_alive_timeout=limits.keep_alive_seconds,
-        anonymous_keep_alive=limits.unauthenticated_keep_alive_seconds,
-        send_timeout=limits.send_timeout_seconds,
-        anonymous_send_timeout=limits.send_timeout_seconds / 4,
-    )
-
-
 def _tls_context(credentials: ServerCredentials, protocol: str, name: str) -> TlsContext:
     try:
         return TlsContext(credentials, alpn=(protocol.encode(),), session_name=name.encode())
@@ -731,14 +523,3 @@ def _dtls_context(credentials: ServerCredentials) -> DtlsContext:
         return DtlsContext(credentials)
     except ValueError as error:
         raise StartError(f"https.certificate: {error}") from None
-
-
-def _tls_limits(config: Config) -> TlsLimits:
-    limits = config.limits
-    return TlsLimits(
-        handshake_timeout=limits.tls_handshake_seconds,
-        handshakes_in_flight=limits.tls_handshakes,
-        handshakes_per_address=limits.tls_handshakes_per_address,
-        connections=limits.connections,
-        connections_per_address=limits.connections_per_address,
-    )

@@ -31,7 +31,6 @@ messages and bytes that wait, messages on the way, incoming ids.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Final, Protocol
@@ -123,6 +122,31 @@ class _Row:
 class Session:
     """One client's session. Make one with `Session(limits)`, or continue one with `Session.restore`."""
 
+    __slots__ = (
+        "_active",
+        "_awaiting_complete",
+        "_bytes",
+        "_expires_at",
+        "_last_id",
+        "_link",
+        "_number",
+        "_over",
+        "_receipts",
+        "_released",
+        "_reserved",
+        "_rows",
+        "_unsent",
+        "_will",
+        "_will_at",
+        "durable",
+        "epoch",
+        "events",
+        "expiry",
+        "incoming",
+        "limits",
+        "subscriptions",
+    )
+
     def __init__(self, limits: MqttLimits, *, durable: bool = False) -> None:
         """`durable`: the server writes down what the events ask for, and confirms each."""
         self.limits = limits
@@ -132,7 +156,7 @@ class Session:
         self.expiry = 0.0
         """How long the session outlives its connection; `NEVER` for no end."""
         self.epoch = 0
-        self.events: deque[SessionEvent] = deque()
+        self.events: list[SessionEvent] = []
         self.incoming: dict[int, Incoming] = {}
         self._receipts: dict[int, int] = {}  # packet id of STORING -> receipt number
         self._awaiting_complete: set[int] = set()  # RELEASING whose PUBREL came on this connection
@@ -140,7 +164,7 @@ class Session:
         self._link: Link | None = None
         self._rows: dict[int, _Row] = {}  # in sending order
         self._released: dict[int, None] = {}  # RECEIVED and RELEASED, in the order of PUBREC
-        self._unsent: deque[int] = deque()  # to be sent on this connection
+        self._unsent: list[int] = []  # to be sent on this connection
         self._active: set[int] = set()  # on the way on this connection
         self._reserved: dict[int, int] = {}  # packet id -> bytes
         self._bytes = 0
@@ -382,7 +406,7 @@ class Session:
         """Send what waits, as far as the peer's Receive Maximum and the network allow."""
         link = self._link
         while self._unsent and link is not None and link.ready and len(self._active) < link.window:
-            packet_id = self._unsent.popleft()
+            packet_id = self._unsent.pop(0)
             row = self._rows.get(packet_id)
             if row is None or row.phase not in (Phase.QUEUED, Phase.PUBLISHED):
                 continue
@@ -425,9 +449,8 @@ class Session:
         self._will, self._will_at = will, None  # a delayed will of before is not sent [MQTT-3.1.3-9]
         self._active.clear()
         self._awaiting_complete.clear()
-        self._unsent = deque(
-            packet_id for packet_id, row in self._rows.items() if row.phase in (Phase.QUEUED, Phase.PUBLISHED)
-        )
+        waiting = (Phase.QUEUED, Phase.PUBLISHED)
+        self._unsent = [packet_id for packet_id, row in self._rows.items() if row.phase in waiting]
         for packet_id in self._released:
             if self._rows[packet_id].phase is Phase.RECEIVED:
                 break

@@ -29,6 +29,9 @@ from rich.console import Console
 from tests.bench import machine
 from tests.bench.callers import percentile
 from tests.bench.certificates import idle_tls, issue
+from tests.bench.coap import FULL as COAP
+from tests.bench.coap import QUICK as COAP_QUICK
+from tests.bench.coap import CoapPace, coap
 from tests.bench.handshakes import Pair, certified_server, of_openssl, of_product
 from tests.bench.load import DEVICES, Kind, Load, load
 from tests.bench.mqtt import MqttPace, mqtt
@@ -59,6 +62,7 @@ class Pace:
     guesses: int
     certificates: bool
     mqtt: MqttPace
+    coap: CoapPace
 
 
 FULL = Pace(
@@ -69,6 +73,7 @@ FULL = Pace(
     guesses=2000,
     certificates=True,
     mqtt=MqttPace(seconds=3, rounds=3, idle=5_000, batched=True),
+    coap=COAP,
 )
 QUICK = Pace(
     seconds=2,
@@ -78,6 +83,7 @@ QUICK = Pace(
     guesses=200,
     certificates=False,
     mqtt=MqttPace(seconds=2, rounds=1, idle=200, batched=False),
+    coap=COAP_QUICK,
 )
 
 
@@ -175,6 +181,8 @@ async def bench(pace: Pace, console: Console) -> tuple[Report, bool]:
                     await certificates(report, base, pace)
         with console.status("MQTT"):
             stored = await mqtt(report, base, pace.mqtt)
+        with console.status("CoAP"):
+            stored = await coap(report, base, pace.coap) and stored
         held = stored and not any(contender.missing for contender in contenders)
     return report, held
 

@@ -7,78 +7,43 @@ sum is an `Invocation`. Only then is the configuration read, once, and handed do
     0    done                         1    it failed, for the reason on the one line of standard error
     130  Ctrl-C                       2    a wrong command line or configuration; nothing was opened
 
-Expected failures are the types in `_expected`; anything else is a bug and shows its traceback. Standard output holds
-what was asked for and nothing else. This file imports nothing heavy: `gatehouse --help` must not pay for a server.
+How a command gets from its options to its work and to its end is in invocation.py. Standard output holds what was asked
+for and nothing else. This file imports nothing heavy: `gatehouse --help` must not pay for a server.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
+from edge.cli_keys import authorities, key_ring
+from edge.invocation import (
+    FAILED,
+    INTERRUPTED,
+    WRONG_USAGE,
+    ConfigOption,
+    DataDirOption,
+    Invocation,
+    JsonOption,
+    TenantOption,
+    UsageProblem,
+    command_group,
+    configuration_of,
+    end,
+    finish,
+    invocation_of,
+    parse_duration,
+    parsed,
+    parsed_if_given,
+)
 from edge.terminal import complain
-
-if TYPE_CHECKING:
-    from edge.config import Config
-
-Result = TypeVar("Result")
-Word = TypeVar("Word")
-
-FAILED = 1
-WRONG_USAGE = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="The configuration file; else $GATEHOUSE_CONFIG, ./gatehouse.toml or /etc/gatehouse/gatehouse.toml.",
-    ),
-]
-DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", metavar="DIR", help="What this node keeps; beats the configuration.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-TenantOption = Annotated[str | None, typer.Option("--tenant", metavar="SLUG", help="The tenant, by slug or id.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Invocation:
-    """What the options of every command said."""
-
-    config: Path | None = None
-    data_dir: Path | None = None
-    as_json: bool = False
-
-    def nearer(self, config: Path | None, data_dir: Path | None, as_json: bool) -> Invocation:
-        """These options with those that stand nearer to the command over them."""
-        return Invocation(config or self.config, data_dir or self.data_dir, as_json or self.as_json)
-
-    def load(self) -> Config:
-        """The configuration. Raises ConfigError."""
-        from edge.config import load
-
-        return load(self.config, self.data_dir, os.environ)
-
-
-class UsageProblem(Exception):
-    """A word of the command line that cannot be used; exit code 2."""
-
-
-def _group(help_text: str) -> typer.Typer:
-    return typer.Typer(help=help_text, no_args_is_help=True, rich_markup_mode=None)
-
 
 app = typer.Typer(
     name="gatehouse",
@@ -88,11 +53,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-tenants = _group("Tenants: whose everything is.")
-tokens = _group("Operators' tokens for the HTTP API.")
-devices = _group("Devices and what they authenticate with.")
-authorities = _group("The built-in certificate authority.")
-key_ring = _group("The keys that seal secrets in the database.")
+tenants = command_group("Tenants: whose everything is.")
+tokens = command_group("Operators' tokens for the HTTP API.")
+devices = command_group("Devices and what they authenticate with.")
 for name, group in (
     ("tenant", tenants),
     ("token", tokens),
@@ -162,7 +125,7 @@ def gatehouse(
 def _nearer(
     context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
 ) -> None:
-    context.obj = _invocation(context, config, data_dir, as_json)
+    context.obj = invocation_of(context, config, data_dir, as_json)
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -176,14 +139,14 @@ def serve(
 
     Prints one line of JSON when everything listens; logs go to standard error.
     """
-    loaded = _configuration(_invocation(context, config, data_dir, as_json))
+    loaded = configuration_of(invocation_of(context, config, data_dir, as_json))
 
     async def work() -> int:
         from edge.serve import serve as serve_node
 
         return await serve_node(loaded)
 
-    _exit(_finish(work))
+    end(finish(work))
 
 
 @app.command()
@@ -201,15 +164,15 @@ def demo(
     Keeps its data in ./gatehouse-data unless --data-dir or GATEHOUSE_DATA_DIR says otherwise, and reads a
     configuration file only if --config or GATEHOUSE_CONFIG names one.
     """
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(demo_invocation(given, os.environ))
+    given = invocation_of(context, config, data_dir, as_json)
+    loaded = configuration_of(demo_invocation(given, os.environ))
 
     async def work() -> int:
         from edge.demo import tell
 
         return await tell(loaded, once=once)
 
-    _exit(_finish(work))
+    end(finish(work))
 
 
 def demo_invocation(given: Invocation, environ: Mapping[str, str]) -> Invocation:
@@ -226,8 +189,8 @@ def check_config(
     context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
 ) -> None:
     """Show the configuration that would be used, secrets masked. Exit code 2 if it cannot be used."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
+    given = invocation_of(context, config, data_dir, as_json)
+    loaded = configuration_of(given)
     from edge.config import describe
     from edge.terminal import show_json, show_text
 
@@ -243,15 +206,15 @@ def migrate(
     context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
 ) -> None:
     """Bring the database schema up to date. A starting server does the same by itself."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
+    given = invocation_of(context, config, data_dir, as_json)
+    loaded = configuration_of(given)
 
     async def work() -> None:
         from edge import commands
 
         await commands.migrate_schema(loaded, as_json=given.as_json)
 
-    _finish(work)
+    finish(work)
 
 
 # -- tenants and tokens ------------------------------------------------------------------------------------------------
@@ -269,14 +232,14 @@ def create_tenant(
     as_json: JsonOption = False,
 ) -> None:
     """Make a tenant; prints {"tenant_id", "slug"}."""
-    loaded = _configuration(_invocation(context, config, data_dir, as_json))
+    loaded = configuration_of(invocation_of(context, config, data_dir, as_json))
 
     async def work() -> None:
         from edge import commands
 
         await commands.create_tenant(loaded, name, slug)
 
-    _finish(work)
+    finish(work)
 
 
 @tenants.command("list")
@@ -284,15 +247,15 @@ def list_tenants(
     context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
 ) -> None:
     """All tenants."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
+    given = invocation_of(context, config, data_dir, as_json)
+    loaded = configuration_of(given)
 
     async def work() -> None:
         from edge import commands
 
         await commands.list_tenants(loaded, as_json=given.as_json)
 
-    _finish(work)
+    finish(work)
 
 
 @tokens.command("mint")
@@ -313,13 +276,13 @@ def mint_token(
     as_json: JsonOption = False,
 ) -> None:
     """Mint an operator's token; prints the token and nothing else."""
-    given = _invocation(context, config, data_dir, as_json)
+    given = invocation_of(context, config, data_dir, as_json)
     from edge import commands
 
     lifetime = parse_duration("--ttl", ttl)
-    parsed_role = _parsed("--role", commands.parse_role, role)
-    permissions = _parsed("--permission", commands.parse_permissions, permission or ())
-    loaded = _configuration(given)
+    parsed_role = parsed("--role", commands.parse_role, role)
+    permissions = parsed("--permission", commands.parse_permissions, permission or ())
+    loaded = configuration_of(given)
 
     async def work() -> None:
         await commands.mint_token(
@@ -332,7 +295,7 @@ def mint_token(
             as_json=given.as_json,
         )
 
-    _finish(work)
+    finish(work)
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -359,24 +322,24 @@ def list_devices(
     """Devices of one tenant, or of all; every filter that is given must hold."""
     from edge import commands
 
-    given = _invocation(context, config, data_dir, as_json)
+    given = invocation_of(context, config, data_dir, as_json)
     query = commands.DeviceQuery(
         tenant,
-        _parsed_if_given("--status", commands.parse_status, status),
+        parsed_if_given("--status", commands.parse_status, status),
         group,
         tag,
         profile_id,
         site_id,
-        _parsed_if_given("--gateway-id", commands.parse_device_id, gateway_id),
+        parsed_if_given("--gateway-id", commands.parse_device_id, gateway_id),
         q,
         limit,
     )
-    loaded = _configuration(given)
+    loaded = configuration_of(given)
 
     async def work() -> None:
         await commands.list_devices(loaded, query, as_json=given.as_json)
 
-    _finish(work)
+    finish(work)
 
 
 @devices.command("show")
@@ -391,14 +354,14 @@ def show_device(
     """One device and its credentials, without their secrets."""
     from edge import commands
 
-    given = _invocation(context, config, data_dir, as_json)
-    wanted = _parsed("DEVICE_ID", commands.parse_device_id, device_id)
-    loaded = _configuration(given)
+    given = invocation_of(context, config, data_dir, as_json)
+    wanted = parsed("DEVICE_ID", commands.parse_device_id, device_id)
+    loaded = configuration_of(given)
 
     async def work() -> None:
         await commands.show_device(loaded, wanted, tenant, as_json=given.as_json)
 
-    _finish(work)
+    finish(work)
 
 
 @devices.command("revoke")
@@ -416,240 +379,15 @@ def revoke_device(
     """End a device's credentials and close its sessions on all nodes; prints the receipt."""
     from edge import commands
 
-    given = _invocation(context, config, data_dir, as_json)
-    wanted = _parsed("DEVICE_ID", commands.parse_device_id, device_id)
-    only = _parsed_if_given("--credential", commands.parse_credential_id, credential)
-    loaded = _configuration(given)
+    given = invocation_of(context, config, data_dir, as_json)
+    wanted = parsed("DEVICE_ID", commands.parse_device_id, device_id)
+    only = parsed_if_given("--credential", commands.parse_credential_id, credential)
+    loaded = configuration_of(given)
 
     async def work() -> None:
         await commands.revoke_device(loaded, wanted, only, tenant, as_json=given.as_json)
 
-    _finish(work)
-
-
-# -- keys --------------------------------------------------------------------------------------------------------------
-
-
-@authorities.command("show")
-def show_authorities(
-    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
-) -> None:
-    """The chain of the built-in CA, in PEM: what clients need to trust this server."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
-
-    async def work() -> None:
-        from edge import commands
-
-        await commands.show_authorities(loaded, as_json=given.as_json)
-
-    _finish(work)
-
-
-@authorities.command("rollover")
-def roll_over_authority(
-    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
-) -> None:
-    """Make a new issuing authority below the same root; what the old one issued stays valid."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
-
-    async def work() -> None:
-        from edge import commands
-
-        await commands.roll_over_authority(loaded, as_json=given.as_json)
-
-    _finish(work)
-
-
-@key_ring.command("rotate")
-def rotate_sealing_key(
-    context: typer.Context,
-    key: Annotated[
-        str | None, typer.Option("--key", metavar="ID", help="A key that was staged; else a new one is made.")
-    ] = None,
-    config: ConfigOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Seal every secret of the database again, under another key."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
-
-    async def work() -> None:
-        from edge import commands
-
-        await commands.rotate_sealing_key(loaded, key, as_json=given.as_json)
-
-    _finish(work)
-
-
-@key_ring.command("stage")
-def stage_sealing_key(
-    context: typer.Context,
-    key: Annotated[str | None, typer.Option("--key", metavar="ID", help="Its id; else one is chosen.")] = None,
-    config: ConfigOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Add a key without using it yet, to be copied to nodes with files of their own before `rotate`."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
-
-    async def work() -> None:
-        from edge import commands
-
-        commands.stage_sealing_key(loaded, key, as_json=given.as_json)
-
-    _finish(work)
-
-
-@key_ring.command("drop")
-def drop_sealing_key(
-    context: typer.Context,
-    key: Annotated[str, typer.Argument(metavar="ID")],
-    config: ConfigOption = None,
-    data_dir: DataDirOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Take a key out of the ring once nothing rests under it."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
-
-    async def work() -> None:
-        from edge import commands
-
-        await commands.drop_sealing_key(loaded, key, as_json=given.as_json)
-
-    _finish(work)
-
-
-@key_ring.command("show")
-def show_key_ring(
-    context: typer.Context, config: ConfigOption = None, data_dir: DataDirOption = None, as_json: JsonOption = False
-) -> None:
-    """Where the key ring is and the ids of its keys; never a key."""
-    given = _invocation(context, config, data_dir, as_json)
-    loaded = _configuration(given)
-
-    async def work() -> None:
-        from edge import commands
-
-        commands.show_key_ring(loaded, as_json=given.as_json)
-
-    _finish(work)
-
-
-# -- from options to work ----------------------------------------------------------------------------------------------
-
-
-def parse_duration(option: str, text: str) -> timedelta:
-    """A number and its unit: 90s, 15m, 1h, 7d. Raises UsageProblem."""
-    found = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-    if found is None:
-        raise UsageProblem(f"{option}: {text[:40]!a} is no duration; a number and s, m, h or d is expected, as in 15m")
-    number, unit = found.groups()
-    return timedelta(seconds=int(number) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[unit])
-
-
-def _parsed(option: str, parse: Callable[[Word], Result], word: Word) -> Result:
-    """What a word of the command line means. Raises UsageProblem."""
-    from registry.errors import InvalidArgument
-
-    try:
-        return parse(word)
-    except InvalidArgument as error:
-        raise UsageProblem(f"{option}: {error.message}") from None
-
-
-def _parsed_if_given(option: str, parse: Callable[[str], Result], word: str | None) -> Result | None:
-    return None if word is None else _parsed(option, parse, word)
-
-
-def _invocation(context: typer.Context, config: Path | None, data_dir: Path | None, as_json: bool) -> Invocation:
-    above = context.obj if isinstance(context.obj, Invocation) else Invocation()
-    return above.nearer(config, data_dir, as_json)
-
-
-def _configuration(given: Invocation) -> Config:
-    """Ends the program with exit code 2, naming key and reason, if there is none to be had."""
-    from edge.config import ConfigError
-
-    try:
-        return given.load()
-    except ConfigError as error:
-        complain(str(error))
-        _exit(WRONG_USAGE)
-
-
-def _finish(work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-    """Run `work` to its end on uvloop; an expected failure ends the program with its one line."""
-    import asyncio
-    import logging
-
-    # A library's warning is not part of a command's answer; `serve` sets its own logging up.
-    logging.getLogger().addHandler(logging.NullHandler())
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(work())
-    except BrokenPipeError:
-        raise  # our own standard output; see `run`
-    except _expected() as error:
-        complain(_message(error))
-        _exit(FAILED)
-
-
-def _loop_factory() -> Callable[[], Any] | None:
-    try:
-        import uvloop
-    except ImportError:  # no wheel and no compiler for this platform: asyncio's own loop serves as well, slower
-        return None
-    return uvloop.new_event_loop
-
-
-def _expected() -> tuple[type[BaseException], ...]:
-    """Failures that an operator can understand and mend."""
-    import asyncpg
-
-    from edge.postgres import DataDirectoryBusy, PostgresUnavailable
-    from edge.wiring import OperatorKeysProblem
-    from registry.errors import RegistryError
-    from registry.sealing import KeyRingError
-    from registry.storage.migrate import MigrationError
-    from registry.trust import WrongKeyRing
-
-    problems: list[type[BaseException]] = [
-        DataDirectoryBusy,
-        PostgresUnavailable,
-        OperatorKeysProblem,
-        RegistryError,
-        KeyRingError,
-        MigrationError,
-        WrongKeyRing,
-        asyncpg.PostgresError,
-        asyncpg.InterfaceError,
-        OSError,
-        TimeoutError,
-    ]
-    if "edge.serve" in sys.modules:
-        problems.append(sys.modules["edge.serve"].StartError)
-    return tuple(problems)
-
-
-def _message(error: BaseException) -> str:
-    import asyncpg
-
-    match error:
-        case asyncpg.PostgresError() | asyncpg.InterfaceError():
-            return f"database: {error}"
-        case TimeoutError():
-            return "database: no answer in time"
-        case OSError() if error.filename is not None:
-            return f"{error.filename}: {error.strerror}"
-        case OSError():
-            return f"database: cannot be reached: {error.strerror or error}"
-        case _:
-            return str(error) or type(error).__name__
+    finish(work)
 
 
 def _as_toml(described: Mapping[str, Any]) -> str:
@@ -669,10 +407,6 @@ def _toml_line(name: str, value: object) -> str:
 def _hint(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     return f" (see {context.command_path} --help)" if context is not None else ""
-
-
-def _exit(code: int) -> NoReturn:
-    raise typer.Exit(code)
 
 
 __all__ = ["Invocation", "UsageProblem", "app", "demo_invocation", "main", "parse_duration", "run"]

@@ -34,6 +34,8 @@ from typing import Any
 import cbor2
 import pytest
 import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from registry.secrets import Secret
 from registry.templates import claim_psk
@@ -90,7 +92,7 @@ class Kind:
             there = bool(shutil.which("node")) and (NODE_MODULES / self.module).is_dir()
         else:
             there = find_spec(self.module) is not None
-        return None if there else f"{self.module} is missing (tests/parts.sh)"
+        return None if there else f"{self.module} is not installed"
 
 
 AIOCOAP = Kind("aiocoap", "DTLSSocket", f"FatalDTLSError({BAD_RECORD_MAC})")
@@ -186,6 +188,11 @@ def holder(made: Mapping[str, Any]) -> Own:
     """What the answer of a provisioning gives a device."""
     key = made["psk"]["key"]
     return Own(made["device_id"], made["psk"]["identity"], base64.urlsafe_b64decode(key + "=" * (-len(key) % 4)))
+
+
+def holding(folder: Path, key: OwnKey, made: Mapping[str, Any]) -> Path:
+    """A file of the certificate that a device was given, its chain and the key."""
+    return key.with_certificate(folder, made["certificate"] + made["ca_chain"])
 
 
 # -- clients as processes ----------------------------------------------------------------------------------------------
@@ -301,7 +308,7 @@ async def test_a_client_lives_a_devices_life_with_a_certificate(
     async with running(*kind.command(), asked("provision", request=request)) as client:
         told = await client.next()
     assert told["code"] == "2.01", told
-    device_id, pem = told["answer"]["device_id"], key.with_certificate(tmp_path, told["answer"]["certificate"])
+    device_id, pem = told["answer"]["device_id"], holding(tmp_path, key, told["answer"])
     async with running(*kind.command(), asked("live", pem=str(pem))) as client:
         await live(tenant, device_id, client, kind)
         assert await client.next() == {"answered": "4.01"}
@@ -393,8 +400,43 @@ async def test_libcoap_lives_a_devices_life_with_a_certificate(
     out, complaint = await client().ask("post", "provision", "-t", "50", "-f", str(tmp_path / "request"))
     assert complaint == ""
     made = json.loads(out)
-    pem = str(key.with_certificate(tmp_path, made["certificate"]))
+    pem = str(holding(tmp_path, key, made))
     await client("-c", pem, "-j", pem).live(tenant, made["device_id"], tmp_path)
     out, complaint = await client("-c", pem, "-j", pem).ask("get", "time")
     assert (out, complaint[:4]) == (b"", "4.01")
     await is_out(tenant, made["device_id"])
+
+
+@pytest.mark.parametrize("program", LIBCOAP)
+async def test_libcoap_renews_a_certificate_over_est(
+    server: ServerProcess, tenant: Tenant, tmp_path: Path, program: str
+) -> None:
+    """RFC 9148 with a program that knows nothing of it: a CSR in, a certificate out, both in DER."""
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is missing (tests/parts.sh)")
+
+    def client(pem: Path) -> Libcoap:
+        who = ("-C", str(server.ca_chain), "-c", str(pem), "-j", str(pem))
+        return Libcoap(program, server.ports["coap"], who)
+
+    key = OwnKey.new()
+    made = await ask(tenant, "POST", "/devices/provision", {"token": await token_of(tenant), "csr": key.csr()})
+    old = client(holding(tmp_path, key, made))
+    authority, complaint = await old.ask("get", ".well-known/est/crts", "-A", "287")
+    assert complaint == ""
+    assert der(authority).subject == der(authority).issuer
+
+    new = OwnKey.new()
+    (tmp_path / "csr").write_bytes(x509.load_pem_x509_csr(new.csr().encode()).public_bytes(Encoding.DER))
+    request = ("-t", "286", "-A", "287", "-f", str(tmp_path / "csr"))
+    successor, complaint = await old.ask("post", ".well-known/est/sen", *request)
+    assert complaint == ""
+    renewed = der(successor).public_bytes(Encoding.PEM).decode() + made["ca_chain"]
+    told = await client(new.with_certificate(tmp_path, renewed)).ask("post", "telemetry", "-t", "50", "-e", '{"n": 1}')
+    assert told == (b"", "")
+    assert await stored(tenant, made["device_id"]) == [{"n": 1}]
+
+
+def der(printed: bytes) -> x509.Certificate:
+    """A certificate that the program has printed, which adds the ends of two lines."""
+    return x509.load_der_x509_certificate(printed.removesuffix(b"\n").removesuffix(b"\n"))

@@ -1,14 +1,9 @@
 """Commands to devices: queued by operators, delivered in order until answered, each finished once.
 
-                 DELIVER           SUCCEED / FAIL
-      queued ───────────► delivered ─────────────► succeeded | failed
-        │  └─ SUCCEED / FAIL ─┼────────────────────►   (the mark of a delivery may be lost; an answer proves it)
-        │                     ├─ DELIVER ─► delivered  (again, on the next connection or poll)
-        └──── EXPIRE, CANCEL ─┴───────────► expired | cancelled
-
-The table `_STEPS` says the same; what has no entry is refused. Every step locks the command's row, so of two answers,
-of an answer and a cancellation, of a delivery and an expiry, the first to lock decides and the other sees it. The first
-answer stands: repeating it, or sending another, changes nothing and is told the status that stands.
+The statuses and the steps between them are a table (command_steps.py); what has no entry is refused. Every step locks
+the command's row, so of two answers, of an answer and a cancellation, of a delivery and an expiry, the first to lock
+decides and the other sees it. The first answer stands: repeating it, or sending another, changes nothing and is told
+the status that stands.
 
 Persistent from the answer to the operator until `expires_at`. Delivered *at least* once: an unanswered command comes
 again whenever the device comes back, in the order of queueing, and a device knows repetitions by `command_id`. What
@@ -32,19 +27,24 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from enum import Enum, auto
-from types import MappingProxyType
 from typing import Final, Protocol, assert_never
 from uuid import UUID
 
-import msgspec
-from msgspec import UNSET, UnsetType
-
 from registry import fields
 from registry.batching import Batcher
+from registry.command_payloads import (
+    MAX_ERROR_CODE,
+    MAX_ERROR_MESSAGE,
+    CommandResponse,
+    Failed,
+    Succeeded,
+    encode_command,
+    response_from,
+)
+from registry.command_steps import STEPS, Step, event_of, stepped
 from registry.downlinks import Attachment, Downlinks
 from registry.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from registry.events import EventKind, NewEvent
+from registry.events import EventKind
 from registry.feed import Seen
 from registry.model import Actor, CommandId, DeviceId, Json, SessionId, TenantId
 from registry.observation import NOBODY, Limit, Observer
@@ -57,12 +57,22 @@ from registry.storage import commands as storage
 from registry.storage.commands import UNFINISHED, Command, CommandError, CommandStatus, Wanted
 from registry.storage.database import Connection, Database
 
-__all__ = ["Command", "CommandError", "CommandStatus", "Commands"]
+__all__ = [
+    "MAX_ERROR_CODE",
+    "MAX_ERROR_MESSAGE",
+    "Command",
+    "CommandError",
+    "CommandResponse",
+    "CommandStatus",
+    "Commands",
+    "Failed",
+    "Succeeded",
+    "encode_command",
+    "response_from",
+]
 
 METHOD: Final = r"[A-Za-z][A-Za-z0-9_.:/-]{0,127}"
 """What a method may be called: a name for a topic, a log line and a switch statement."""
-MAX_ERROR_CODE: Final = 64
-MAX_ERROR_MESSAGE: Final = 4096
 DEFAULT_TTL: Final = timedelta(days=1)
 MAX_TTL: Final = timedelta(days=90)
 """A command that nobody has fetched in a season is a surprise, not a wish."""
@@ -91,42 +101,6 @@ class CommandLimits:
     """Polls that wait on one node, about 10 KB each."""
 
 
-class _Step(Enum):
-    """What may happen to a command."""
-
-    DELIVER = auto()
-    SUCCEED = auto()
-    FAIL = auto()
-    EXPIRE = auto()
-    CANCEL = auto()
-
-
-_STEPS: Final[Mapping[tuple[CommandStatus, _Step], CommandStatus]] = MappingProxyType(
-    {
-        (CommandStatus.QUEUED, _Step.DELIVER): CommandStatus.DELIVERED,
-        (CommandStatus.QUEUED, _Step.SUCCEED): CommandStatus.SUCCEEDED,
-        (CommandStatus.QUEUED, _Step.FAIL): CommandStatus.FAILED,
-        (CommandStatus.QUEUED, _Step.EXPIRE): CommandStatus.EXPIRED,
-        (CommandStatus.QUEUED, _Step.CANCEL): CommandStatus.CANCELLED,
-        (CommandStatus.DELIVERED, _Step.DELIVER): CommandStatus.DELIVERED,
-        (CommandStatus.DELIVERED, _Step.SUCCEED): CommandStatus.SUCCEEDED,
-        (CommandStatus.DELIVERED, _Step.FAIL): CommandStatus.FAILED,
-        (CommandStatus.DELIVERED, _Step.EXPIRE): CommandStatus.EXPIRED,
-        (CommandStatus.DELIVERED, _Step.CANCEL): CommandStatus.CANCELLED,
-    }
-)
-
-_EVENT: Final[Mapping[CommandStatus, EventKind]] = MappingProxyType(
-    {
-        CommandStatus.QUEUED: EventKind.COMMAND_QUEUED,
-        CommandStatus.DELIVERED: EventKind.COMMAND_DELIVERED,
-        CommandStatus.SUCCEEDED: EventKind.COMMAND_FINISHED,
-        CommandStatus.FAILED: EventKind.COMMAND_FINISHED,
-        CommandStatus.EXPIRED: EventKind.COMMAND_EXPIRED,
-        CommandStatus.CANCELLED: EventKind.COMMAND_CANCELLED,
-    }
-)
-"""What is told when a command comes into a status."""
 _OVER: Final = frozenset({EventKind.COMMAND_FINISHED, EventKind.COMMAND_EXPIRED, EventKind.COMMAND_CANCELLED})
 _NEWS: Final = frozenset({EventKind.COMMAND_QUEUED, EventKind.DEVICE_UPDATED})
 """After these a device may have something to fetch: a command, or a gateway that may fetch for it."""
@@ -150,23 +124,6 @@ class CommandFilter:
     method: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Succeeded:
-    """A device's good answer: JSON text that keeps a `Payload`'s promises."""
-
-    result: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A device's bad answer."""
-
-    error: CommandError
-
-
-CommandResponse = Succeeded | Failed
-
-
 class CommandListener(Protocol):
     """A live session that takes commands."""
 
@@ -185,36 +142,6 @@ class CommandAttachment(Attachment):
     listener: CommandListener
     cursor: int = 0
     unconfirmed: set[CommandId] = field(default_factory=set)
-
-
-def encode_command(command: Command) -> bytes:
-    """What goes down to a device, as JSON: `{command_id, method, params, expires_at}` (CONTRACT §2)."""
-    return msgspec.json.encode(
-        _Down(
-            command_id=str(command.command_id),
-            method=command.method,
-            params=msgspec.Raw(command.params.encode()),
-            expires_at=command.expires_at,
-        )
-    )
-
-
-def response_from(payload: Payload) -> CommandResponse:
-    """The answer in a payload: `{"result": …}` or `{"error": {"code", "message"}}`. Raises InvalidArgument.
-
-    `code` is a text of 1 to 64 characters or an integer, `message` a text of up to 4,096.
-    """
-    try:
-        read = _RESPONSE.decode(payload.text)
-    except msgspec.MsgspecError as error:
-        raise InvalidArgument(f"the response is refused: {error}", field="response") from None
-    result = bytes(read.result)
-    if bool(result) == (read.error is not UNSET):
-        raise InvalidArgument("a response has either a result or an error", field="response")
-    if isinstance(read.error, UnsetType):
-        return Succeeded(result.decode())
-    code = fields.text("error.code", str(read.error.code), MAX_ERROR_CODE)
-    return Failed(CommandError(code, fields.prose("error.message", read.error.message, MAX_ERROR_MESSAGE)))
 
 
 class Commands:
@@ -281,7 +208,7 @@ class Commands:
                 created_at=now,
                 expires_at=expires_at,
             )
-            await events.insert(connection, _event(command, actor))
+            await events.insert(connection, event_of(command, actor))
             await _audit(connection, "create", command, actor)
         self._feed.hint()
         return command
@@ -317,7 +244,7 @@ class Commands:
             command = await self._locked(connection, tenant_id, device_id, command_id)
             if command.status is CommandStatus.CANCELLED:
                 return command
-            after = await self._taken(connection, command, _Step.CANCEL, actor)
+            after = await self._taken(connection, command, Step.CANCEL, actor)
             if after.status is CommandStatus.CANCELLED:
                 await _audit(connection, "cancel", after, actor)
         self._feed.hint()
@@ -343,9 +270,9 @@ class Commands:
                 return command
             match response:
                 case Succeeded(result):
-                    step, told = _Step.SUCCEED, replace(command, result=result, answered_by=speaker)
+                    step, told = Step.SUCCEED, replace(command, result=result, answered_by=speaker)
                 case Failed(error):
-                    step, told = _Step.FAIL, replace(command, error=error, answered_by=speaker)
+                    step, told = Step.FAIL, replace(command, error=error, answered_by=speaker)
                 case _:
                     assert_never(response)
             after = await self._taken(connection, command, step, actor, told=told)
@@ -466,9 +393,9 @@ class Commands:
             due = await storage.lock_due(connection, now, _EXPIRED_AT_ONCE)
             if not due:
                 return 0
-            over = [_stepped(command, _Step.EXPIRE, now) for command in due]
+            over = [stepped(command, Step.EXPIRE, now) for command in due]
             await storage.update_many(connection, over)
-            await events.insert_many(connection, [_event(command, _SYSTEM) for command in over])
+            await events.insert_many(connection, [event_of(command, _SYSTEM) for command in over])
         self._feed.hint()
         return len(over)
 
@@ -522,13 +449,13 @@ class Commands:
         marked: dict[CommandId, Command] = {}
         async with self._database.transaction() as connection:
             for command in await storage.lock_many(connection, command_ids):
-                if command.expires_at > now and (command.status, _Step.DELIVER) in _STEPS:
-                    marked[command.command_id] = _stepped(command, _Step.DELIVER, now)
+                if command.expires_at > now and (command.status, Step.DELIVER) in STEPS:
+                    marked[command.command_id] = stepped(command, Step.DELIVER, now)
             if marked:
                 await storage.update_many(connection, list(marked.values()))
             first = [command for command in marked.values() if command.deliveries == 1]
             if first:
-                await events.insert_many(connection, [_event(command, _SYSTEM) for command in first])
+                await events.insert_many(connection, [event_of(command, _SYSTEM) for command in first])
         if first:
             self._feed.hint()
         return [marked.get(each) for each in command_ids]
@@ -567,7 +494,7 @@ class Commands:
         return command
 
     async def _taken(
-        self, connection: Connection, command: Command, step: _Step, actor: Actor, *, told: Command | None = None
+        self, connection: Connection, command: Command, step: Step, actor: Actor, *, told: Command | None = None
     ) -> Command:
         """The locked command after a step, written with its event.
 
@@ -576,45 +503,16 @@ class Commands:
         """
         now = self._clock()
         if command.status in UNFINISHED and command.expires_at <= now:
-            step, told, actor = _Step.EXPIRE, None, _SYSTEM
-        if (command.status, step) not in _STEPS:
+            step, told, actor = Step.EXPIRE, None, _SYSTEM
+        if (command.status, step) not in STEPS:
             return command
-        after = _stepped(told or command, step, now)
+        after = stepped(told or command, step, now)
         await storage.update_many(connection, [after])
-        await events.insert(connection, _event(after, actor))
+        await events.insert(connection, event_of(after, actor))
         return after
 
 
 _SYSTEM: Final = Actor("system:commands", "")
-
-
-class _Down(msgspec.Struct, frozen=True):
-    command_id: str
-    method: str
-    params: msgspec.Raw
-    expires_at: datetime
-
-
-class _ErrorPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    code: str | int
-    message: str = ""
-
-
-class _Response(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    result: msgspec.Raw = msgspec.Raw(b"")
-    error: _ErrorPart | UnsetType = UNSET
-
-
-_RESPONSE: Final = msgspec.json.Decoder(_Response)
-
-
-def _stepped(command: Command, step: _Step, now: datetime) -> Command:
-    """The command after a legal step."""
-    status = _STEPS[command.status, step]
-    if step is _Step.DELIVER:
-        first = command.delivered_at or now
-        return replace(command, status=status, delivered_at=first, deliveries=command.deliveries + 1)
-    return replace(command, status=status, finished_at=now)
 
 
 def _expiry(new: NewCommand, now: datetime) -> datetime:
@@ -633,17 +531,6 @@ def _expiry(new: NewCommand, now: datetime) -> datetime:
     if not 1 <= new.ttl_seconds <= most:
         raise InvalidArgument(f"ttl_seconds is {new.ttl_seconds}; allowed are 1 to {most}", field="ttl_seconds")
     return now + timedelta(seconds=new.ttl_seconds)
-
-
-def _event(command: Command, actor: Actor) -> NewEvent:
-    data: dict[str, Json] = {
-        "command_id": str(command.command_id),
-        "method": command.method,
-        "status": command.status.value,
-    }
-    if command.error is not None:
-        data["error"] = {"code": command.error.code, "message": command.error.message}
-    return NewEvent(_EVENT[command.status], command.tenant_id, actor, device_id=command.device_id, data=data)
 
 
 def _command_id(data: Mapping[str, Json]) -> CommandId:

@@ -12,8 +12,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from registry.command_steps import STEPS, Step
 from registry.commands import (
-    _STEPS,
     MAX_TTL,
     Command,
     CommandAttachment,
@@ -25,7 +25,6 @@ from registry.commands import (
     Failed,
     NewCommand,
     Succeeded,
-    _Step,
     encode_command,
     response_from,
 )
@@ -123,11 +122,11 @@ async def kinds(database: Database, command_id: CommandId) -> list[str]:
 
 
 @pytest.mark.parametrize("status", CommandStatus)
-@pytest.mark.parametrize("step", _Step)
+@pytest.mark.parametrize("step", Step)
 def test_every_step_from_an_unfinished_command_is_legal_and_none_from_a_finished_one(
-    status: CommandStatus, step: _Step
+    status: CommandStatus, step: Step
 ) -> None:
-    assert ((status, step) in _STEPS) == (status in UNFINISHED)
+    assert ((status, step) in STEPS) == (status in UNFINISHED)
 
 
 def test_what_goes_down_is_the_contracts() -> None:

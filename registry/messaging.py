@@ -186,6 +186,11 @@ class Messaging:
         return self._publishing.queued
 
     @property
+    def turned_away(self) -> int:
+        """Publications for which there was no room to wait, since the start."""
+        return self._publishing.turned_away
+
+    @property
     def overflowed(self) -> int:
         """Publications refused because a queue had no room, since the start."""
         return self._publishing.overflowed

@@ -144,6 +144,11 @@ class Publishing:
         """Publications that wait for a batch."""
         return self._batcher.queued
 
+    @property
+    def turned_away(self) -> int:
+        """Publications for which there was no room to wait, since the start."""
+        return self._batcher.turned_away
+
     async def stop(self) -> None:
         """Take nothing new and store what is queued."""
         await self._batcher.stop()

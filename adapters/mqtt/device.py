@@ -300,7 +300,8 @@ class DeviceRole:
         """Subscriptions among the granted topics that stand, by the text of their filter; the broker's to change."""
         self.downlinks = Downlinks(self)
         self.retained = RetainedMessages(self)
-        self._waiting: deque[tuple[Receipt, NewUplink]] = deque()
+        self._waiting: deque[Callable[[], bool]] = deque()
+        """Messages for which the core had no room, as attempts to hand them over: whether it was taken."""
         self._retry: asyncio.TimerHandle | None = None
         self._pending: set[asyncio.Future[None]] = set()
         self._moved = asyncio.Event()
@@ -539,24 +540,14 @@ class DeviceRole:
             return
         if self.ownership is not None and receipt.qos is QoS.EXACTLY_ONCE and uplink.message_id is None:
             uplink = msgspec.structs.replace(uplink, origin=Incoming(self.ownership, receipt.packet_id))
-        if self._waiting:
-            self._waiting.append((receipt, uplink))
-        elif not self._submit(receipt, uplink):
-            self._full(receipt, uplink, now)
+        self._offer(receipt, partial(self._submit, receipt, uplink), now)
 
     def _broker(self, receipt: Receipt, message: Message, now: float) -> None:
         if receipt.qos is QoS.AT_MOST_ONCE and not message.retain:
             self.broker.publish_unsure(self, message)
             self.mqtt.stored(receipt, now)
             return
-        try:
-            future = self.broker.publish(self, message, receipt)
-        except Unavailable:
-            self.server.counters.full += 1
-            self.peer.hold(self.server.limits.full_pause)
-            self._no_room(receipt, now)
-            return
-        future.add_done_callback(partial(self._brokered, receipt))
+        self._offer(receipt, partial(self._submit_brokered, receipt, message), now)
 
     def _brokered(self, receipt: Receipt, done: asyncio.Future[Published]) -> None:
         error = Unavailable("the server is stopping") if done.cancelled() else done.exception()
@@ -573,12 +564,31 @@ class DeviceRole:
                 self.peer.run(partial(self._refused, receipt, error))
 
     def _no_room(self, receipt: Receipt, now: float) -> None:
-        """A queue is full, and nothing was stored: 0x97 in 5.0; 3.1.1 is closed, and repeats it. QoS 0 is dropped."""
+        """A receiver's queue is full, and nothing was stored: 0x97 in 5.0; 3.1.1 is closed, and repeats it. QoS 0 is
+        dropped."""
         if receipt.qos is QoS.AT_MOST_ONCE:
             self.server.counters.dropped += 1
             self.mqtt.stored(receipt, now)
         else:
             self.mqtt.failed(receipt, ReasonCode.QUOTA_EXCEEDED, now, "a queue is full; try again")
+
+    def _offer(self, receipt: Receipt, attempt: Callable[[], bool], now: float) -> None:
+        """Hand a message to the core, behind those of this connection that wait for room."""
+        if self._waiting:
+            self._waiting.append(attempt)
+        elif not attempt():
+            self._full(receipt, attempt, now)
+
+    def _submit_brokered(self, receipt: Receipt, message: Message) -> bool:
+        if not may_publish(self.grants, tuple(message.topic.split("/")), self.own):  # its grant went while it waited
+            self._forbidden(receipt, self.server.now())
+            return True
+        try:
+            future = self.broker.publish(self, message, receipt)
+        except Unavailable:
+            return False
+        future.add_done_callback(partial(self._brokered, receipt))
+        return True
 
     def _submit(self, receipt: Receipt, uplink: NewUplink) -> bool:
         try:
@@ -602,7 +612,7 @@ class DeviceRole:
             counters.stored += 1
         self.peer.run(partial(self._stored, receipt))
 
-    def _full(self, receipt: Receipt, uplink: NewUplink, now: float) -> None:
+    def _full(self, receipt: Receipt, attempt: Callable[[], bool], now: float) -> None:
         """The core has no room: say so where there is a word for it, try again where there is none; read no more."""
         pause = self.server.limits.full_pause
         self.server.counters.full += 1
@@ -610,15 +620,14 @@ class DeviceRole:
         if self.peer.machine.version is Version.V5 and receipt.qos is not QoS.AT_MOST_ONCE:
             self.mqtt.failed(receipt, ReasonCode.QUOTA_EXCEEDED, now, "the server is full; try again")
             return
-        self._waiting.append((receipt, uplink))
+        self._waiting.append(attempt)
         if self._retry is None:
             self._retry = self.server.loop.call_later(pause, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
         while self._waiting:
-            receipt, uplink = self._waiting[0]
-            if not self._submit(receipt, uplink):
+            if not self._waiting[0]():
                 pause = self.server.limits.full_pause
                 self.peer.hold(pause)
                 self._retry = self.server.loop.call_later(pause, self._try_again)

@@ -5,6 +5,7 @@
         relay row ──► router.arrived ──► row deleted       │  what is in the tables is the truth: a lost hint delays
         queue row ──► router.reserve ──► packet id stored ──► router.queued
         eviction  ──► router.evicted                       │
+        takeover  ──► router.taken                         │
 
 Nothing is followed by a cursor here: a row waits until it is taken, so none can be skipped by committing late.
 
@@ -75,11 +76,13 @@ class MessageInbox:
         """Take everything that there is now. Raises Unavailable."""
         while True:
             async with self._database.connection() as connection:
-                evicted = await sessions.take_evictions(connection, self._node_id)
+                word = await sessions.take_word(connection, self._node_id)
                 relayed = await storage.relays(connection, self._node_id, self._undeleted, _SLICE)
                 rows = await storage.waiting(connection, self._node_id, self._held_back, _SLICE)
-            for ownership, full in evicted:
+            for ownership, full in word.evicted:
                 self._router.evicted(ownership, full=full)
+            for key, number in word.taken:
+                self._router.taken(key, number)
             if relayed or self._undeleted:
                 await self._hand_over(relayed)
             if rows:

@@ -151,7 +151,7 @@ class Messaging:
         await self._clear_up_after(self.node_id)
         await self._join()
         async with self._database.connection() as connection:
-            await messaging_sessions.take_evictions(connection, self.node_id)  # they were the earlier process's
+            await messaging_sessions.take_word(connection, self.node_id)  # it was for the earlier process
 
     async def run(self) -> None:
         """Take what other nodes bring, and do what the clock asks for; survives the loss of the database. Cancel it

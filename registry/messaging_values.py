@@ -250,11 +250,13 @@ class Taken:
     """The answer to an `Opening`.
 
     `ownership` None: the session is not stored (clean, or ending with its connection), keep it in memory. `resumed`
-    None: there was none, or it had to end; tell the client so (Session Present 0).
+    None: there was none, or it had to end; tell the client so (Session Present 0). Of two takings of one client, on
+    whatever nodes, the later one has the higher `number`.
     """
 
     ownership: Ownership | None
     resumed: StoredSession | None
+    number: int = 0
 
 
 # Routes.
@@ -349,6 +351,10 @@ class Router(Protocol):
         """The session was taken over elsewhere, dropped, or its memory may differ from the store: close its connection
         at once and publish no will from memory. `release` it as after any loss; `SessionLost` is then no surprise.
         `full`: it was ended because its queue stayed full."""
+
+    def taken(self, key: SessionKey, number: int) -> None:
+        """This client has connected to another node, in a taking of this number: close an older connection here, also
+        one that is about to be accepted (MQTT 5.0 §3.1.4). Of a stored session `evicted` tells as well."""
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         """The topic grants of a profile are other ones now: judge live sessions again, then offline and retained."""

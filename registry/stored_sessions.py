@@ -12,7 +12,8 @@
 Invariants
 - All that a client was promised is in the store before it is promised, so a session may be taken from its owner at any
   time without asking: the epoch fences the loser off, and what he had not written, nobody was told.
-- A session that does not outlive its connection is not stored, unless it was and is resumed so.
+- A session that does not outlive its connection is not stored, unless it was and is resumed so. So nobody can look up
+  where such a one lives: who begins a session tells every other node, and the older connection is closed there.
 - Wills stand beside the sessions. One is armed while its connection lives, due when that is lost without a goodbye
   and the delay has passed, or the session has ended; then it is published once (publishing.py). The client's return
   before that drops it.
@@ -68,7 +69,7 @@ class StoredSessions:
         self._limits = limits
         self._hint = hint
         self._hint_all = hint_all
-        self._lookups: Batcher[SessionKey, bool] = Batcher(
+        self._lookups: Batcher[SessionKey, int | None] = Batcher(
             "session look-up", self._look_up, max_items=_LOOKUP_BATCH, max_queued=_LOOKUP_QUEUE, runners=2
         )
 
@@ -79,30 +80,34 @@ class StoredSessions:
     async def take(self, opening: Opening) -> Taken:
         """See `Messaging.take`."""
         # Most sessions end with their connections, and most of those find nothing: a storm of them asks in batches.
-        if opening.expiry <= 0 and not await self._lookups.submit(opening.key):
-            return Taken(None, None)
+        if opening.expiry <= 0:
+            number = await self._lookups.submit(opening.key)
+            if number is not None:
+                return Taken(None, None, number)
         while True:
-            evicted: set[NodeId] = set()
+            told: set[NodeId] = set()
             async with certain_transaction(self._database) as connection:
-                taken, routed = await self._take(connection, opening, evicted)
-            self._hint(evicted)
+                taken, routed = await self._take(connection, opening, told)
+            self._hint(told)
             if routed:
                 self._hint_all()
             if taken is not None:
                 return taken
 
-    async def _look_up(self, keys: Sequence[SessionKey]) -> list[bool]:
+    async def _look_up(self, keys: Sequence[SessionKey]) -> list[int | None]:
+        """Of each that has no session: the number of its taking, which other nodes are told of."""
         async with self._database.connection() as connection:
-            found = await storage.existing(connection, keys)
-        return [key in found for key in keys]
+            announced = await storage.announce(connection, keys, self._node_id)
+        self._hint(set(announced.told))
+        return [announced.numbers.get(key) for key in keys]
 
-    async def _take(self, connection: Connection, opening: Opening, evicted: set[NodeId]) -> tuple[Taken | None, bool]:
+    async def _take(self, connection: Connection, opening: Opening, told: set[NodeId]) -> tuple[Taken | None, bool]:
         """What was taken (None: another one was faster with a new session, try again), and whether routes changed."""
         now = self._clock()
         place = await storage.find(connection, opening.key)
         if place is not None and place.node_id is not None and place.node_id != self._node_id:
             await storage.evict(connection, place.node_id, Ownership(place.session_id, place.epoch))
-            evicted.add(place.node_id)
+            told.add(place.node_id)
         routed = False
         if place is not None:
             over = place.expires_at is not None and place.expires_at <= now
@@ -113,8 +118,13 @@ class StoredSessions:
             else:
                 await storage.finish_wills(connection, [place.session_id], now)
             routed = await storage.remove(connection, {place.session_id: opening.key.tenant_id})
+        announced = await storage.announce(connection, [opening.key], self._node_id)
+        number = announced.numbers.get(opening.key)
+        if number is None:
+            return None, routed
+        told |= announced.told
         if opening.expiry <= 0:
-            return Taken(None, None), routed
+            return Taken(None, None, number), routed
         stored = await storage.count(connection, opening.key.tenant_id, opening.key.device_id)
         if stored >= self._limits.sessions_per_device:
             raise ResourceExhausted(f"the device has its {self._limits.sessions_per_device} stored sessions")
@@ -123,15 +133,15 @@ class StoredSessions:
             return None, routed
         if opening.will is not None:
             await storage.arm_will(connection, session_id, opening.key, opening.will)
-        return Taken(Ownership(session_id, 1), None), routed
+        return Taken(Ownership(session_id, 1), None, number), routed
 
     async def _resume(self, connection: Connection, session_id: StoredSessionId, opening: Opening, now: float) -> Taken:
         await storage.resume_without_will(connection, session_id, now)
-        epoch = await storage.seize(connection, session_id, opening, self._node_id)
+        epoch, number = await storage.seize(connection, session_id, opening, self._node_id)
         if opening.will is not None:
             await storage.arm_will(connection, session_id, opening.key, opening.will)
         resumed = await storage.load(connection, session_id, opening.expiry, now)
-        return Taken(Ownership(session_id, epoch), resumed)
+        return Taken(Ownership(session_id, epoch), resumed, number)
 
     async def release(
         self, ownership: Ownership, *, publish_will: bool, expiry: float | None, unsent: Sequence[int]

@@ -90,6 +90,7 @@ class Broker:
         self.arrivals: list[Arrival] = []
         self.evictions: list[Ownership] = []
         self.full: list[Ownership] = []
+        self.taken_elsewhere: list[tuple[SessionKey, int]] = []
         self.commits: list[bytes] = []
         self.changed_grants: list[ProfileId] = []
         self.forbid = False
@@ -257,6 +258,9 @@ class Broker:
         served = self.served.get(ownership.session_id)
         if served is not None and served.ownership == ownership:
             del self.served[ownership.session_id]
+
+    def taken(self, key: SessionKey, number: int) -> None:
+        self.taken_elsewhere.append((key, number))
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         self.changed_grants.append(profile_id)

@@ -78,6 +78,7 @@ from registry.messaging_values import (
     Retained,
     RouteChange,
     Routing,
+    SessionKey,
     SessionLost,
     SessionRoute,
     StoredSessionId,
@@ -379,6 +380,9 @@ class Broker:
         else:
             self.server.counters.taken_over += 1
             self._end_soon(role, ReasonCode.SESSION_TAKEN_OVER)
+
+    def taken(self, key: SessionKey, number: int) -> None:
+        self.server.devices.taken_elsewhere((key.tenant_id, key.device_id, key.client_id), number)
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         tenant = self._tenants.get(tenant_id)

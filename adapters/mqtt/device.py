@@ -20,7 +20,7 @@ and nobody is refused. Where it is full all the same, reading stops for longer. 
 messages of 3.1.1, and of QoS 0, wait here and are tried again, in their order. What waits is bounded by what was read.
 
 Client ids are scoped to the device: the table of connections is by (tenant, device, client id), so a second connection
-takes over one of the same device only (5.0 §3.1.4: 0x8E).
+takes over one of the same device only (5.0 §3.1.4: 0x8E), on this node or another.
 
 What can race: the store answers after the connection is gone (the session's state moves on, nobody is answered); a
 child is taken from its gateway between the look and the commit (as over HTTPS, it was its own when it was asked).
@@ -131,6 +131,8 @@ class Devices:
         self.leaving: dict[Key, asyncio.Task[None]] = {}
         """Sessions whose connection is gone and whose store does not know it yet."""
         self._opening: dict[Key, tuple[asyncio.Lock, int]] = {}
+        self._taken_elsewhere: dict[Key, int] = {}
+        """Of those that are being opened: the number of a taking on another node."""
 
     async def admit(self, peer: Peer, session: RegistrySession, connect: Connect) -> None:
         """Accept a CONNECT whose credential is good, or refuse it for its will. The caller sees by `peer.role`.
@@ -162,14 +164,15 @@ class Devices:
             assigned = None if connect.client_id else client_id
             peer.machine.accept(role.mqtt, session_present=present, now=self.server.now(), client_id=assigned)
             role.connected()
+            if role.taking < self._taken_elsewhere.get(key, 0):
+                self._end_taken(role)
         peer.pump()
 
     async def _take(self, role: DeviceRole, connect: Connect) -> bool:
         """Give the role its session, from whoever had it; whether it is an earlier one that goes on."""
         before = self.by_key.get(role.key)
         if before is not None:
-            self.server.counters.taken_over += 1
-            before.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
+            self._end_taken(before)
         leaving = self.leaving.get(role.key)
         if leaving is not None:
             await asyncio.wait((leaving,))
@@ -189,9 +192,24 @@ class Devices:
         except OutcomeOpen:
             self.server.track(self.server.loop.create_task(self._disown(role.key), name="mqtt disown"))
             raise
+        role.taking = taken.number
         role.own_session(taken.ownership, taken.resumed)
         self.broker.serve(role)
         return taken.resumed is not None
+
+    def taken_elsewhere(self, key: Key, number: int) -> None:
+        """The client has connected to another node: end its connection here, if that is the older one."""
+        role = self.by_key.get(key)
+        if role is not None and role.taking < number:
+            self.server.loop.call_soon(self._end_taken, role)
+        if key in self._opening:
+            self._taken_elsewhere[key] = max(number, self._taken_elsewhere.get(key, 0))
+
+    def _end_taken(self, role: DeviceRole) -> None:
+        if not role.peer.alive:
+            return
+        self.server.counters.taken_over += 1
+        role.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
 
     async def _disown(self, key: Key) -> None:
         """Nobody knows whether a session was taken, and its client was turned away: if it was, let it go again, unless
@@ -224,6 +242,7 @@ class Devices:
             _, waiting = self._opening[key]
             if waiting == 1:
                 del self._opening[key]
+                self._taken_elsewhere.pop(key, None)
             else:
                 self._opening[key] = lock, waiting - 1
 
@@ -295,6 +314,8 @@ class DeviceRole:
         self.profile_id = grants.profile_id
         self.ownership: Ownership | None = None
         """The right to serve the session, where it is stored."""
+        self.taking = 0
+        """Its number among the takings of this client, on whatever nodes."""
         self.mqtt = Session(peer.machine.limits)
         self.brokered: dict[str, Subscription] = {}
         """Subscriptions among the granted topics that stand, by the text of their filter; the broker's to change."""

@@ -391,6 +391,9 @@ async def prune_evictions(connection: Connection, seconds: float) -> None:
     await connection.execute(
         "DELETE FROM messaging_eviction WHERE written_at < now() - make_interval(secs => $1)", seconds
     )
+    await connection.execute(
+        "DELETE FROM messaging_takeover WHERE written_at < now() - make_interval(secs => $1)", seconds
+    )
 
 
 # Retained messages.

@@ -48,6 +48,14 @@ class Place:
     forfeited: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Takings that begin a session: the number of each, and the nodes for which word was left."""
+
+    numbers: Mapping[SessionKey, int]
+    told: frozenset[NodeId]
+
+
 @dataclass(slots=True)
 class Locked:
     """A session whose row is held: what a batch counts on."""
@@ -79,19 +87,32 @@ async def find(connection: Connection, key: SessionKey) -> Place | None:
     return None if row is None else Place(**dict(row))
 
 
-async def existing(connection: Connection, keys: Collection[SessionKey]) -> set[SessionKey]:
-    """Those of the keys that have a session, whoever serves it."""
+async def announce(connection: Connection, keys: Collection[SessionKey], node_id: NodeId) -> Announced:
+    """Number the takings of those keys that have no session, and leave word of them for every other node."""
     rows = await connection.fetch(
         """
-        SELECT s.tenant_id, s.device_id, s.client_id
-        FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS u (tenant_id, device_id, client_id)
-        JOIN messaging_session s USING (tenant_id, device_id, client_id)
+        WITH free AS (
+            SELECT nextval('messaging_taking') AS number, tenant_id, device_id, client_id
+            FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS u (tenant_id, device_id, client_id)
+            WHERE NOT EXISTS (SELECT FROM messaging_session s
+                              WHERE (s.tenant_id, s.device_id, s.client_id) = (u.tenant_id, u.device_id, u.client_id))
+        ), told AS (
+            INSERT INTO messaging_takeover (node_id, number, tenant_id, device_id, client_id)
+            SELECT n.node_id, f.number, f.tenant_id, f.device_id, f.client_id
+            FROM messaging_node n, free f WHERE n.node_id <> $4
+            RETURNING node_id
+        )
+        SELECT number, tenant_id, device_id, client_id, ARRAY(SELECT DISTINCT node_id FROM told) AS told FROM free
         """,
         [key.tenant_id for key in keys],
         [key.device_id for key in keys],
         [key.client_id for key in keys],
+        node_id,
     )
-    return {SessionKey(row["tenant_id"], row["device_id"], row["client_id"]) for row in rows}
+    return Announced(
+        {SessionKey(row["tenant_id"], row["device_id"], row["client_id"]): row["number"] for row in rows},
+        frozenset(rows[0]["told"] if rows else ()),
+    )
 
 
 async def lock(connection: Connection, sessions: Collection[StoredSessionId]) -> dict[StoredSessionId, Locked]:
@@ -148,21 +169,24 @@ async def insert(connection: Connection, opening: Opening, node_id: NodeId) -> S
     return session_id
 
 
-async def seize(connection: Connection, session_id: StoredSessionId, opening: Opening, node_id: NodeId) -> int:
-    """Make a node the owner; the new epoch."""
-    epoch: int = await connection.fetchval(
+async def seize(
+    connection: Connection, session_id: StoredSessionId, opening: Opening, node_id: NodeId
+) -> tuple[int, int]:
+    """Make a node the owner; the new epoch, and the number of this taking."""
+    row = await connection.fetchrow(
         """
         UPDATE messaging_session
         SET epoch = epoch + 1, node_id = $2, credential_id = $3, expiry = $4, expires_at = NULL
         WHERE session_id = $1
-        RETURNING epoch
+        RETURNING epoch, nextval('messaging_taking') AS number
         """,
         session_id,
         node_id,
         opening.credential_id,
         opening.expiry,
     )
-    return epoch
+    assert row is not None, "the caller holds it"
+    return row["epoch"], row["number"]
 
 
 async def evict(connection: Connection, node_id: NodeId, ownership: Ownership, *, full: bool = False) -> None:
@@ -179,12 +203,41 @@ async def evict(connection: Connection, node_id: NodeId, ownership: Ownership, *
     )
 
 
-async def take_evictions(connection: Connection, node_id: NodeId) -> list[tuple[Ownership, bool]]:
-    """What word there is for a node, each with whether the queue stayed full; it goes with the reading."""
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What was left for a node."""
+
+    evicted: tuple[tuple[Ownership, bool], ...]
+    """Each with whether its queue stayed full."""
+    taken: tuple[tuple[SessionKey, int], ...]
+    """Connections that came elsewhere, each with the number of its taking."""
+
+
+async def take_word(connection: Connection, node_id: NodeId) -> Word:
+    """What word there is for a node; it goes with the reading."""
     rows = await connection.fetch(
-        "DELETE FROM messaging_eviction WHERE node_id = $1 RETURNING session_id, epoch, full_queue", node_id
+        """
+        WITH evicted AS (
+            DELETE FROM messaging_eviction WHERE node_id = $1 RETURNING session_id, epoch, full_queue
+        ), taken AS (
+            DELETE FROM messaging_takeover WHERE node_id = $1 RETURNING number, tenant_id, device_id, client_id
+        )
+        SELECT session_id, epoch, full_queue,
+               NULL::bigint AS number, NULL::uuid AS tenant_id, NULL::uuid AS device_id, NULL::text AS client_id
+        FROM evicted
+        UNION ALL
+        SELECT NULL, NULL, NULL, number, tenant_id, device_id, client_id FROM taken
+        """,
+        node_id,
     )
-    return [(Ownership(row["session_id"], row["epoch"]), row["full_queue"]) for row in rows]
+    return Word(
+        tuple((Ownership(r["session_id"], r["epoch"]), r["full_queue"]) for r in rows if r["number"] is None),
+        tuple(
+            (SessionKey(r["tenant_id"], r["device_id"], r["client_id"]), r["number"])
+            for r in rows
+            if r["number"] is not None
+        ),
+    )
 
 
 async def load(connection: Connection, session_id: StoredSessionId, expiry: float, now: float) -> StoredSession:

@@ -1,20 +1,24 @@
-"""Whose a session is after a CONNECT that went wrong half-way."""
+"""Whose a session is: one client, one connection, on whatever nodes; and nobody's after a CONNECT that went wrong."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
+from adapters.mqtt.device import DeviceRole
+from adapters.mqtt.properties import NO_PROPERTIES, Properties
 from adapters.mqtt.session import Session
-from adapters.mqtt.wire_packets import Connack, QoS, Will
-from adapters.mqtt.wire_reasons import LocalProtocolError, ReasonCode
+from adapters.mqtt.wire_packets import Connack, Disconnect, QoS, Will
+from adapters.mqtt.wire_reasons import LocalProtocolError, ReasonCode, Version
 from registry.errors import Unavailable
 from registry.messaging_values import Opening, OutcomeOpen, SessionKey, Taken
-from tests.http_api import Api, api
+from tests.http_api import Api, api, running_api
 from tests.mqtt_devices import KEEP, devices, silent
-from tests.mqtt_server import Gone, Running, serving_mqtt
+from tests.mqtt_server import Client, Device, Gone, Running, serving_mqtt
 from tests.nodes import until
 
 __all__ = ["api"]
@@ -122,3 +126,115 @@ async def test_a_session_that_cannot_be_restored_is_let_go(mqtt: Running, monkey
         answer = await client.connect(one, clean_start=False, properties=KEEP)
         assert isinstance(answer, Connack)
         assert answer.session_present
+
+
+# Two nodes ------------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def two_nodes(dsn: str) -> AsyncIterator[tuple[Running, Running]]:
+    async with (
+        running_api(dsn) as first,
+        serving_mqtt(first) as here,
+        running_api(dsn, name="two", ring=first.ring) as second,
+        serving_mqtt(second) as there,
+    ):
+        second.tenant_id, second.slug = first.tenant_id, first.slug
+        yield here, there
+
+
+@pytest.mark.parametrize("version", list(Version), ids=["3.1.1", "5.0"])
+@pytest.mark.parametrize("kept", ["neither", "older", "newer"])
+async def test_an_older_connection_on_another_node_is_closed(dsn: str, version: Version, kept: str) -> None:
+    """Also where nothing of it is stored; its will is published, as with a takeover on one node."""
+
+    def how(which: str) -> tuple[bool, Properties]:
+        stored = kept == which
+        return not stored, KEEP if stored and version is Version.V5 else NO_PROPERTIES
+
+    async with two_nodes(dsn) as (here, there):
+        one, other = await devices(here, 2)
+        async with (
+            here.client() as witness,
+            here.client(version=version) as older,
+            there.client(version=version) as newer,
+        ):
+            await witness.connect(other)
+            await witness.subscribe("site/will")
+            clean, properties = how("older")
+            will = Will("site/will", b"taken over", QoS.AT_LEAST_ONCE)
+            await older.connect(one, client_id="same", clean_start=clean, properties=properties, will=will)
+            clean, properties = how("newer")
+            await newer.connect(one, client_id="same", clean_start=clean, properties=properties)
+            told = [p.reason for p in await older.closed() if isinstance(p, Disconnect)]
+            assert told == ([ReasonCode.SESSION_TAKEN_OVER] if version is Version.V5 else [])
+            if kept == "neither":
+                assert (await witness.message()).payload == b"taken over"
+            await silent(newer)
+            await until(lambda: here.server.counters.taken_over == 1)
+            assert there.server.counters.taken_over == 0
+
+
+async def test_other_clients_and_other_devices_are_not_touched(dsn: str) -> None:
+    async with two_nodes(dsn) as (here, there):
+        one, other = await devices(here, 2)
+        async with here.client() as first, here.client() as second, there.client() as third, there.client() as fourth:
+            await first.connect(one, client_id="a")
+            await second.connect(other, client_id="b")
+            await third.connect(one, client_id="b")
+            await fourth.connect(other, client_id="a")
+            for node in (here, there):
+                await node.server.broker.messaging._inbox.pull()
+            for client in (first, second, third, fourth):
+                await silent(client)
+
+
+async def test_of_many_that_come_at_once_to_two_nodes_one_stays(dsn: str) -> None:
+    async with two_nodes(dsn) as nodes:
+        (one,) = await devices(nodes[0], 1)
+        clients = [nodes[n % 2].client() for n in range(12)]
+        try:
+            outcomes = Counter(await asyncio.gather(*(_come(client, one) for client in clients)))
+            assert outcomes[ReasonCode.SUCCESS] >= 1
+            await until(lambda: sum(len(node.server.devices.by_key) for node in nodes) == 1)
+            for node in nodes:
+                await node.server.broker.messaging._inbox.pull()
+            (role,) = [role for node in nodes for role in node.server.devices.by_key.values()]
+            assert role.peer.alive
+        finally:
+            for client in clients:
+                client.drop()
+
+
+async def _come(client: Client, device: Device) -> ReasonCode | None:
+    await client.__aenter__()
+    try:
+        return (await client.connect(device, client_id="same")).reason
+    except Gone:
+        return None
+
+
+async def test_a_connection_that_is_overtaken_before_it_is_accepted_ends(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_nodes(dsn) as (here, there):
+        (one,) = await devices(here, 1)
+        enter, entered, gate = here.server.broker.enter, asyncio.Event(), asyncio.Event()
+
+        async def late(role: DeviceRole) -> None:
+            entered.set()
+            await gate.wait()
+            await enter(role)
+
+        monkeypatch.setattr(here.server.broker, "enter", late)
+        async with here.client() as slow, there.client() as quick:
+            connecting = asyncio.create_task(slow.connect(one, client_id="same"))
+            await entered.wait()
+            await quick.connect(one, client_id="same")
+            await until(lambda: bool(here.server.devices._taken_elsewhere))
+            gate.set()
+            await connecting
+            told = [p.reason for p in await slow.closed() if isinstance(p, Disconnect)]
+            assert told == [ReasonCode.SESSION_TAKEN_OVER]
+            await silent(quick)
+        assert here.server.devices._taken_elsewhere == {}

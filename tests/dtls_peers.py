@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.bindings.openssl.binding import Binding
@@ -190,63 +190,88 @@ class Client:
         return [*datagrams, written[start:]]
 
 
-class UdpClient(asyncio.DatagramProtocol):
-    """`Client` on a socket of this machine."""
+class Driven:
+    """`Client` with a clock: what it says goes to `put`, what comes to `take`, and a timer repeats what got lost."""
+
+    patience = 20.0
+    """Seconds that it waits for what it was asked to wait for."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.transport: Any = None
         self.changed = asyncio.Event()
         self.sent: list[bytes] = []
         self.heard: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
+    def put(self, datagram: bytes) -> None:
+        """Send it on its way."""
+        raise NotImplementedError
 
-    def datagram_received(self, data: bytes, addr: Any) -> None:
-        self.heard.append(data)
-        self.out(self.client.feed(data))
+    def take(self, datagram: bytes) -> None:
+        """One has come."""
+        self.heard.append(datagram)
+        self.out(self.client.feed(datagram))
         self.changed.set()
 
     def out(self, datagrams: Iterable[bytes]) -> None:
         for datagram in datagrams:
             self.sent.append(datagram)
-            self.transport.sendto(datagram)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+            self.put(datagram)
+        self.rest()
         due = None if self.client.done else self.client.due()
         if due is not None:
             self._timer = asyncio.get_running_loop().call_later(due + 0.001, self._late)
+
+    def rest(self) -> None:
+        """Repeat nothing more by itself."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _late(self) -> None:
         self._timer = None
         self.out(self.client.retransmit())
         self.changed.set()
 
-    async def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
-        async with asyncio.timeout(seconds):
+    async def until(self, condition: Callable[[], object], seconds: float | None = None) -> None:
+        async with asyncio.timeout(self.patience if seconds is None else seconds):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
 
-    async def handshake(self, seconds: float = 20.0) -> None:
+    async def handshake(self, seconds: float | None = None) -> Self:
         """Raises AssertionError when it fails, TimeoutError when nobody answers."""
         self.out(self.client.step())
         await self.until(lambda: self.client.done or self.client.error, seconds)
         assert self.client.error is None, self.client.error
+        return self
 
-    async def ask(self, plain: bytes, seconds: float = 20.0) -> bytes:
+    async def ask(self, plain: bytes, seconds: float | None = None) -> bytes:
         """Send one datagram and wait for one."""
         before = len(self.client.plain)
         self.out(self.client.send(plain))
         await self.until(lambda: len(self.client.plain) > before, seconds)
         return self.client.plain[before]
 
+
+class UdpClient(Driven, asyncio.DatagramProtocol):
+    """One on a socket of this machine."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
+        self.transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.take(data)
+
+    def put(self, datagram: bytes) -> None:
+        self.transport.sendto(datagram)
+
     def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self.rest()
         self.transport.abort()
 
 
@@ -317,25 +342,24 @@ class MemoryListener(DtlsListener):
     def transmit(self, datagram: bytes, address: Any) -> None:
         link = self.links.get(address)
         if link is not None:
-            link.travel(datagram, link.to_client)
+            link.travel(datagram, link.take)
 
 
-class Link:
-    """A client and its way to a listener, with weather by a seed in both directions."""
+class Link(Driven):
+    """One with a way to a listener of this process, and weather by a seed in both directions."""
+
+    patience = 60.0
 
     def __init__(
         self, listener: MemoryListener, client: Client, address: Any, weather: Weather | None = None, seed: int = 0
     ) -> None:
-        self.listener, self.client, self.address = listener, client, address
+        super().__init__(client)
+        self.listener, self.address = listener, address
         self.weather = weather or Weather()
-        self.changed = asyncio.Event()
         self.allowance = 1_000_000
         """Datagrams that the client sends before it falls silent."""
-        self.sent: list[bytes] = []
-        self.heard: list[bytes] = []
         self.lost = self.doubled = self.oversized = 0
         self._random = random.Random(seed)
-        self._timer: asyncio.TimerHandle | None = None
         listener.links[address] = self
 
     def travel(self, datagram: bytes, arrive: Callable[[bytes], None]) -> None:
@@ -351,49 +375,21 @@ class Link:
         for _ in range(copies):
             asyncio.get_running_loop().call_later(roll() * weather.longest_delay, arrive, datagram)
 
-    def to_client(self, datagram: bytes) -> None:
-        self.heard.append(datagram)
-        self.out(self.client.feed(datagram))
-        self.changed.set()
+    def put(self, datagram: bytes) -> None:
+        self.travel(datagram, self.to_server)
 
     def to_server(self, datagram: bytes) -> None:
         self.listener.arrived(datagram, self.address)
 
     def out(self, datagrams: Iterable[bytes]) -> None:
-        for datagram in datagrams:
-            if len(self.sent) >= self.allowance:
-                return
+        said = list(datagrams)
+        left = self.allowance - len(self.sent)
+        if len(said) <= left:
+            super().out(said)
+            return
+        for datagram in said[: max(0, left)]:
             self.sent.append(datagram)
-            self.travel(datagram, self.to_server)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due = None if self.client.done else self.client.due()
-        if due is not None:
-            self._timer = asyncio.get_running_loop().call_later(due + 0.001, self._late)
-
-    def _late(self) -> None:
-        self._timer = None
-        self.out(self.client.retransmit())
-        self.changed.set()
-
-    async def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
-        async with asyncio.timeout(seconds):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
-
-    async def handshake(self) -> Link:
-        self.out(self.client.step())
-        await self.until(lambda: self.client.done or self.client.error)
-        assert self.client.error is None, self.client.error
-        return self
-
-    async def ask(self, plain: bytes) -> bytes:
-        before = len(self.client.plain)
-        self.out(self.client.send(plain))
-        await self.until(lambda: len(self.client.plain) > before)
-        return self.client.plain[before]
+            self.put(datagram)  # and nothing is repeated from now on
 
 
 def memory_listener(

@@ -64,6 +64,10 @@ _FLAGS: Final[dict[PacketType, int]] = {  # PUBLISH uses all four [MQTT-2.1.3-1]
     for kind in PacketType
     if kind is not PacketType.PUBLISH
 }
+_BY_FIRST_BYTE: Final[dict[int, PacketType]] = {
+    **{kind << 4 | flags: kind for kind, flags in _FLAGS.items()},
+    **{PacketType.PUBLISH << 4 | flags: PacketType.PUBLISH for flags in range(16)},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +83,13 @@ DEFAULT_WIRE_LIMITS: Final = WireLimits()
 
 def packet_type(first: int) -> PacketType:
     """The type in the first byte of a packet; its reserved flags are checked too [MQTT-2.1.3-1]."""
-    high = first >> 4
-    if high == 0:
+    kind = _BY_FIRST_BYTE.get(first)
+    if kind is not None:
+        return kind
+    if first >> 4 == 0:
         raise malformed("packet type 0")
-    kind = PacketType(high)
-    if kind is not PacketType.PUBLISH and first & 0x0F != _FLAGS[kind]:
-        raise malformed(f"flags {first & 0x0F:#x} in {kind.name}; {_FLAGS[kind]:#x} is allowed")
-    return kind
+    kind = PacketType(first >> 4)
+    raise malformed(f"flags {first & 0x0F:#x} in {kind.name}; {_FLAGS[kind]:#x} is allowed")
 
 
 def announced_version(body: bytes) -> Version | None:

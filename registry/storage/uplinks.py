@@ -181,18 +181,24 @@ SELECT uplink_id FROM won
 """
 
 
-def _uplink_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
+def _uplink_columns(rows: Sequence[Row]) -> tuple[Sequence[object], ...]:
     return (
         [i for i, _ in rows],
         [u.tenant_id for _, u in rows],
         [u.device_id for _, u in rows],
         [u.kind for _, u in rows],
         [u.payload for _, u in rows],
-        [u.message_id for _, u in rows],
-        [u.observed_at for _, u in rows],
+        _unless_empty([u.message_id for _, u in rows]),
+        _unless_empty([u.observed_at for _, u in rows]),
         [u.transport.value for _, u in rows],
-        [u.via for _, u in rows],
+        _unless_empty([u.via for _, u in rows]),
     )
+
+
+def _unless_empty(column: Sequence[object]) -> Sequence[object]:
+    """The column, or none of it where it is all NULL: `unnest` fills up what is shorter than the others by NULL, and
+    asyncpg looks at every element of an array several times."""
+    return column if any(value is not None for value in column) else []
 
 
 def _message_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
@@ -200,7 +206,7 @@ def _message_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
     return [u.device_id for _, u in named], [u.message_id for _, u in named], [i for i, _ in named]
 
 
-def _reading_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
+def _reading_columns(rows: Sequence[Row]) -> tuple[Sequence[object], ...]:
     readings = [(i, u, place, r) for i, u in rows if u.readings for place, r in enumerate(u.readings)]
     values = [r.value for _, _, _, r in readings]
     kinds = [type(value) for value in values]
@@ -212,12 +218,16 @@ def _reading_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
         [place for _, _, place, _ in readings],
         [r.component for _, _, _, r in readings],
         [r.sensor for _, _, _, r in readings],
-        [r.observed_at or u.observed_at for _, u, _, r in readings],
-        [value if kind is float else None for value, kind in zip(values, kinds, strict=True)],
-        [value if kind is int else None for value, kind in zip(values, kinds, strict=True)],
-        [value if kind is bool else None for value, kind in zip(values, kinds, strict=True)],
-        [value if kind is str else None for value, kind in zip(values, kinds, strict=True)],
+        _unless_empty([r.observed_at or u.observed_at for _, u, _, r in readings]),
+        *[_of_kind(wanted, values, kinds) for wanted in (float, int, bool, str)],
     )
+
+
+def _of_kind(wanted: type, values: Sequence[object], kinds: Sequence[type]) -> Sequence[object]:
+    """The column of the values of one type; empty where there is none."""
+    if wanted not in kinds:
+        return []
+    return [value if kind is wanted else None for value, kind in zip(values, kinds, strict=True)]
 
 
 async def winners(connection: Connection, keys: Sequence[tuple[DeviceId, str]]) -> dict[tuple[DeviceId, str], UplinkId]:

@@ -12,8 +12,8 @@
 Deciding begins with the association, not with its first request; what it asks meanwhile is held by the endpoint.
 An association is admitted once and then stands as a session in the registry's table, which ends it: on revocation,
 expiry and kick. A Renewer has none: it lives as long as a Claimant may, and its right is judged again with each
-request for a certificate. The peer gets close_notify (RFC 5246 §7.2.1) and everything of it is dropped: exchanges, observations,
-the association. Its next handshake gets a random key or a refused certificate.
+request for a certificate. The peer gets close_notify (RFC 5246 §7.2.1) and everything of it is dropped: exchanges,
+observations, the association. Its next handshake gets a random key or a refused certificate.
 
 A Claimant has no identity and opens no session. It may provision, and read what is nobody's secret; how many there
 are, of one address, for how long and how often they may ask is bounded.
@@ -34,6 +34,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, assert_never
 from uuid import uuid4
 
@@ -118,12 +119,12 @@ class Admission:
     async def psk(self, identity: bytes, address: str) -> PskKey:
         """The key to verify a handshake with, for any identity. Raises Unavailable."""
         contact = _contact(address)
-        made: PskOffer | ClaimOffer
         if is_claim_identity(identity):
-            made = await self.registry.claim_psks.offer(identity, contact)
-        else:
-            made = await self.registry.resolver.offer(PskIdentity(identity), contact)
-        return PskKey(made.key, _Offered(made, contact))
+            claim = await self.registry.claim_psks.offer(identity, contact)
+            return PskKey(claim.key, _Offered(claim, contact))
+        resolver = self.registry.resolver
+        made = await resolver.offer(PskIdentity(identity), contact)
+        return PskKey(made.key, _Offered(made, contact), partial(resolver.unproven, made, contact))
 
     async def decide(self, guest: Guest) -> Role:
         """What a proof makes its holder. Raises Unauthenticated, ResourceExhausted, Unavailable."""

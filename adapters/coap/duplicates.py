@@ -27,13 +27,15 @@ ENTRY_COST: Final = 400
 class Entry:
     """One message id of one peer."""
 
-    __slots__ = ("_expires", "_table", "cost", "message_id", "reply")
+    __slots__ = ("_expires", "_table", "cost", "message_id", "repetitions", "reply")
 
     def __init__(self, table: Table, message_id: int, expires: float) -> None:
         self._table = table
         self._expires = expires
         self.message_id = message_id
         self.reply: bytes | None = None
+        self.repetitions = 0
+        """How often the message came again after it was answered."""
         self.cost = ENTRY_COST
 
 

@@ -36,6 +36,7 @@ class CoapLimits:
 
     # Block-wise, RFC 7959
     block_exponent: int = 6  # 1024 bytes, the most; smaller where the path has no room
+    narrow_room: int = 480  # of a datagram where larger ones do not arrive: IPv4's 576 (RFC 791) less IP, UDP and DTLS
     body_bytes: int = 65_536  # of one upload: 64 KiB; a CSR has 1 to 4 KB, a backlog of telemetry the rest
     uploads_per_peer: int = 4
     upload_bytes_per_peer: int = 131_072  # two of the largest at once
@@ -49,6 +50,8 @@ class CoapLimits:
     def __post_init__(self) -> None:
         if not 0 <= self.block_exponent <= 6:
             raise ValueError(f"block_exponent {self.block_exponent}; the protocol allows 0 to 6")
+        if self.narrow_room < 128:
+            raise ValueError(f"narrow_room {self.narrow_room}; a block and its options need 128 at least")
         if not 0 <= self.max_retransmit <= 20:
             raise ValueError(f"max_retransmit {self.max_retransmit}; 0 to 20 make sense")
         if self.ack_timeout <= 0 or self.ack_random_factor < 1:
@@ -73,6 +76,7 @@ class CoapCounters:
         "given_up",
         "incomplete",
         "malformed",
+        "narrowed",
         "notifications",
         "observations",
         "observations_refused",
@@ -102,6 +106,7 @@ class CoapCounters:
         self.acknowledgements = 0  # empty ones: the handler took its time
         self.retransmissions = 0
         self.given_up = 0  # our CONs that nobody acknowledged
+        self.narrowed = 0  # peers that larger datagrams do not seem to reach
         self.notifications = 0
         self.observations_refused = 0  # the peer had too many; the request was answered as a plain one
         self.cancelled_by_silence = 0

@@ -15,6 +15,9 @@ A request lives as an exchange from its datagram to its response:
 The shell's duties, after every call: take `next_event` until None, send what `datagrams_to_send` gives, and call `tick`
 at `next_timer`. For each RequestReceived it owes one `respond`.
 
+A path that is narrower than `room` loses what is large, every time. So what was sent twice and asked for again, or not
+acknowledged, is cut anew for datagrams of `narrow_room`, and so is everything for this peer from then on.
+
 Invariants. At most one CON of ours is unacknowledged (NSTART); answers that had to be separate wait in `_waiting`, and
 that is bounded by `requests_per_peer` since an exchange counts until its answer is on its way; notifications wait in
 their observation, one each. Nothing here is shared with another peer but memory, whose bounds are in duplicates.py and
@@ -176,6 +179,7 @@ class PeerMachine:
         "_limits",
         "_memory",
         "_message_id",
+        "_narrow",
         "_non_allowed_at",
         "_notifiable",
         "_notified",
@@ -209,6 +213,7 @@ class PeerMachine:
         self._tokens: dict[bytes, Observation] = {}
         self._notifiable: dict[int, Observation] = {}  # those with a pending state, in turn
         self._notified: dict[int, Observation] = {}  # by message id
+        self._narrow = False
         self._non_allowed_at = 0.0
         self._events: deque[Event] = deque()
         self._out: list[bytes] = []
@@ -236,10 +241,13 @@ class PeerMachine:
         if entry is not None:
             counters.duplicates += 1
             if entry.reply is not None and message.type is Type.CON:
-                self._send(entry.reply)
+                entry.repetitions += 1
+                if not (self._does_not_arrive(entry.reply, entry.repetitions) and self._cut_anew(message, entry, now)):
+                    self._send(entry.reply)
             return
         if message.code.is_request():
-            self._on_request(message, now)
+            entry = self._memory.duplicates.take(self._table, message.message_id, message.type is Type.CON, now)
+            self._on_request(message, entry, now)
             return
         # a ping (§4.3), a response that nobody waits for, or a reserved class
         if message.code != Code.EMPTY or message.type is Type.CON:
@@ -364,16 +372,11 @@ class PeerMachine:
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
-    def _on_request(self, message: Message, now: float) -> None:
+    def _on_request(self, message: Message, entry: Entry, now: float) -> None:
         memory = self._memory
         confirmable = message.type is Type.CON
         self._number += 1
-        exchange = _Exchange(
-            self._number,
-            message,
-            memory.duplicates.take(self._table, message.message_id, confirmable, now),
-            now + self._limits.ack_delay,
-        )
+        exchange = _Exchange(self._number, message, entry, now + self._limits.ack_delay)
         try:
             options = read_request(message.options)
         except OptionError as error:
@@ -523,6 +526,39 @@ class PeerMachine:
         self._memory.duplicates.record(exchange.entry, reply)
         self._send(reply)
 
+    # Narrow paths -----------------------------------------------------------------------------------------------------
+
+    def _does_not_arrive(self, datagram: bytes, repetitions: int) -> bool:
+        """Whether that may be for its size: it was sent twice already, and a smaller one can be made."""
+        return repetitions >= 2 and len(datagram) > self._limits.narrow_room
+
+    def _narrowed(self) -> None:
+        if not self._narrow:
+            self._narrow = True
+            self._memory.counters.narrowed += 1
+
+    def _cut_anew(self, message: Message, entry: Entry, now: float) -> bool:
+        """Answer a repeated request in smaller blocks: a safe one by asking again (RFC 7252 §4.5 lets us), another one
+        from what is kept. False where nothing is."""
+        if message.code in (Code.GET, Code.FETCH):
+            self._narrowed()
+            entry.reply = None
+            self._on_request(message, entry, now)
+            return True
+        options = read_request(message.options)  # it was read before, and is good
+        key = answer_key(self._key, message.code, options)
+        kept = self._memory.snapshots.get(key, now)
+        if kept is None:
+            return False
+        self._narrowed()
+        self._number += 1
+        exchange = _Exchange(self._number, message, entry, now)
+        exchange.key, exchange.block2 = key, options.block2
+        block1 = options.block1
+        echo = [] if block1 is None else [(BLOCK1, Block(block1.number, False, block1.exponent).encode())]
+        self._finish_cut(exchange, kept, echo, now)
+        return True
+
     # Answers in blocks ------------------------------------------------------------------------------------------------
 
     def _cut(
@@ -546,7 +582,8 @@ class PeerMachine:
         if wanted is not None:
             exponent = min(exponent, wanted.exponent)
         overhead = 4 + len(token) + sum(len(value) + 3 for _, value in options) + 20  # Block2, Size2, ETag, marker
-        while exponent > 0 and (16 << exponent) + overhead > self.room:
+        room = min(self.room, self._limits.narrow_room) if self._narrow else self.room
+        while exponent > 0 and (16 << exponent) + overhead > room:
             exponent -= 1
         size = 16 << exponent
         start = wanted.start if wanted is not None else 0
@@ -663,7 +700,7 @@ class PeerMachine:
                 self._end(observation, None)  # RFC 7641 §4.2; the error itself is still to arrive
                 self._begin(Transmission(message_id, datagram), now)
             elif kind is Type.CON:
-                self._begin(Transmission(message_id, datagram, observation, pending.receipt), now)
+                self._begin(Transmission(message_id, datagram, observation, pending), now)
             else:
                 self._non_allowed_at = now + limits.non_interval
                 self._send(datagram)
@@ -683,13 +720,16 @@ class PeerMachine:
                 self._end(observation, EndCause.SILENCE)  # RFC 7641 §4.5
             return
         self._memory.counters.retransmissions += 1
+        if observation is not None and self._does_not_arrive(active.datagram, active.attempts):
+            self._narrowed()
+            observation.pending = observation.pending or active.state  # the newest state again, in smaller blocks
         if observation is not None and observation.pending is not None:
             # A newer state takes the place of the one that did not arrive, and its counter too (RFC 7641 §4.5.2).
             pending = observation.pending
             observation.pending = None
             self._notifiable.pop(observation.number, None)
             active.message_id, active.datagram = self._notification(observation, Type.CON, pending, now)
-            active.receipt = pending.receipt
+            active.receipt, active.state = pending.receipt, pending
             if not pending.response.code.is_successful():
                 active.observation = None
                 self._end(observation, None)

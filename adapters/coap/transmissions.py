@@ -12,21 +12,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from adapters.coap.limits import CoapLimits
-from adapters.coap.observations import Observation
+from adapters.coap.observations import Observation, Pending
 
 
 class Transmission:
-    """One CON. `observation` is there when it is a notification, `receipt` when somebody waits for its arrival."""
+    """One CON. `observation` and `state` are there when it is a notification of that state, `receipt` when somebody
+    waits for its arrival."""
 
-    __slots__ = ("attempts", "datagram", "due", "message_id", "observation", "receipt", "timeout")
+    __slots__ = ("attempts", "datagram", "due", "message_id", "observation", "receipt", "state", "timeout")
 
     def __init__(
-        self, message_id: int, datagram: bytes, observation: Observation | None = None, receipt: Hashable | None = None
+        self, message_id: int, datagram: bytes, observation: Observation | None = None, state: Pending | None = None
     ) -> None:
         self.message_id = message_id
         self.datagram = datagram
         self.observation = observation
-        self.receipt = receipt
+        self.state = state
+        self.receipt: Hashable | None = None if state is None else state.receipt
         self.attempts = 0  # repetitions so far
         self.timeout = 0.0
         self.due = 0.0

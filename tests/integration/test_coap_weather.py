@@ -137,6 +137,20 @@ async def rows(coap: Running) -> Counter[tuple[str, str, int]]:
 
 
 @pytest.mark.timeout(600)
+async def test_a_client_that_knows_nothing_of_the_narrow_path_gets_what_is_large(coap: Running) -> None:
+    """It asks for no block size, and what is large never arrives as the server would send it; with a PSK the handshake
+    has nothing large that could have told it."""
+    _, context = await registered(coap, 0)
+    async with bad_path(coap.port, Weather(mtu=600), SEED) as path:
+        async with coap_through_dtls(path.port, context) as client:
+            for _ in range(2):
+                config = await client.ask(Code.GET, "config")
+                assert msgspec.json.decode(config.payload)["config"] == {"number": 0, "text": LONG}
+        assert path.oversized == 2, "it was learned once"
+    assert coap.server.coap_counters.narrowed == 1
+
+
+@pytest.mark.timeout(600)
 async def test_libcoaps_client_comes_through_bad_weather(coap: Running) -> None:
     """It gives a handshake up after its fourth timeout, whatever came between: then it is started again, as a device
     would begin again. The message id keeps what was stored before from being stored twice."""

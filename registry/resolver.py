@@ -195,6 +195,14 @@ class Resolver:
             raise self._refuse(None, "unknown psk", contact)
         return self._identity(offer.state, contact)
 
+    def unproven(self, offer: PskOffer, contact: Contact) -> None:
+        """Note for the operator that a handshake did not verify under an offer's key: the device has another one.
+
+        Duty of the caller: the peer has been answered. An offer without a credential has been noted already.
+        """
+        if offer.state is not None:
+            self._note(offer.state, "psk does not verify", contact)
+
     async def recheck(self, identity: Identity, contact: Contact) -> Identity:
         """The same identity as the database has it *now*; its first use is recorded.
 

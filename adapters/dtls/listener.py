@@ -325,7 +325,7 @@ class DtlsListener:
 class _Pending:
     """One handshake in flight: its engine, its times, and the question for its key."""
 
-    __slots__ = ("_asking", "_listener", "_until", "address", "due", "engine", "hello_random", "place")
+    __slots__ = ("_asking", "_listener", "_mismatched", "_until", "address", "due", "engine", "hello_random", "place")
 
     def __init__(self, listener: DtlsListener, place: Place, address: Address, hello: ClientHello, now: float) -> None:
         self._listener = listener
@@ -333,6 +333,7 @@ class _Pending:
         self.due = asyncio.get_running_loop().time() + min(_FIRST_LOOK, listener.limits.handshake_timeout)
         """Loop time at which `look` has something to do."""
         self._asking: asyncio.Task[None] | None = None
+        self._mismatched: Callable[[], None] | None = None
         self.place = place
         self.address = address
         self.hello_random = hello.random
@@ -365,6 +366,8 @@ class _Pending:
                     self._listener.verified(self, proof).take(events[number:])
                     return
                 case Ended(reason):
+                    if reason is End.WRONG_KEY and self._mismatched is not None:
+                        asyncio.get_running_loop().call_soon(self._mismatched)
                     self._listener.failed(self, _DROPS.get(reason, Drop.HANDSHAKE_FAILED))
                     return
                 case Received():
@@ -390,6 +393,7 @@ class _Pending:
             _log.exception("dtls.psk.failed")
             key = None
         self._asking = None
+        self._mismatched = None if key is None else key.mismatched
         self._handle(self.engine.key(key))
 
 

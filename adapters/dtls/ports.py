@@ -12,6 +12,7 @@ An association is known by its opaque id, never by its address: addresses change
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,10 +21,14 @@ from registry.secrets import Secret
 
 @dataclass(frozen=True, slots=True)
 class PskKey:
-    """The key to verify one handshake with, and what the application wants back when it has verified."""
+    """The key to verify one handshake with, and what the application wants back when it has verified.
+
+    `mismatched` is called once, after the peer has been answered, if the handshake shows that the peer has another key.
+    """
 
     key: Secret[bytes]
     offer: object = field(repr=False)
+    mismatched: Callable[[], None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,19 @@ async def test_a_wrong_key_an_unknown_identity_and_a_revoked_one_have_one_face(c
     assert refused == ["credential revoked"], "the operator is told why"
 
 
+async def test_a_wrong_key_of_a_known_device_is_in_its_timeline_and_a_lost_handshake_is_not(coap: Running) -> None:
+    device = await coap.device()
+    async with coap.client(device) as client:
+        assert (await client.get("/time")).code is Code.CONTENT
+    assert await coap.refuses(CoapDevice("", "", device.identity, b"x" * 32))
+    await until(lambda: coap.api.registry.resolver.counters.refused.get("psk does not verify") == 1)
+    await coap.api.registry.refusals.flush()
+    events = (await coap.get(f"/devices/{device.device_id}/timeline"))["events"]
+    [refused] = [event["data"] for event in events if event["kind"] == "auth.refused"]
+    assert (refused["reason"], refused["transport"], refused["count"]) == ("psk does not verify", "coap", 1)
+    assert refused["credential_id"] == device.credential_id
+
+
 async def test_setting_a_device_inactive_and_deleting_it_end_its_association(coap: Running) -> None:
     for number, end in enumerate(("inactive", "delete")):
         device = await coap.device(f"HW-{number}")

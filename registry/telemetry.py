@@ -54,7 +54,7 @@ _SHOWN = 64
 _AwareDatetime = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-class Reading(msgspec.Struct, frozen=True):
+class Reading(msgspec.Struct, frozen=True, gc=False):
     """One value of one sensor. `observed_at` is None where the payload does not say when."""
 
     component: str

@@ -72,7 +72,7 @@ class UplinkLimits:
     id that another node is storing, or to try again."""
 
 
-class StoredUplink(msgspec.Struct, frozen=True):
+class StoredUplink(msgspec.Struct, frozen=True, gc=False):
     """The answer to an uplink: it is committed. `duplicate`: it was already there, under this id."""
 
     uplink_id: UplinkId

@@ -119,6 +119,9 @@ _LEGAL: Final[dict[State, frozenset[PacketType]]] = {
 }
 _UNLIMITED: Final = 268_435_460  # the largest packet that there can be, header included
 _FOREVER: Final = 0xFFFF_FFFF  # a session expiry interval without end, 5.0 §3.1.2.11.2
+# What nearly all acknowledgements are, in both versions: without a reason and properties. 5.0 §3.4.2.1, 3.1.1 §3.4.
+_BARE_ACKS: Final = {PacketType.PUBACK: b"\x40\x02", PacketType.PUBREC: b"\x50\x02"}
+_BARE_ACK_BYTES: Final = 4
 _MAY_EXPLAIN: Final = (PacketType.CONNACK, PacketType.DISCONNECT)
 
 
@@ -171,6 +174,8 @@ class Connection:
         "_holding",
         "_judging",
         "_keep_alive",
+        "_last_levels",
+        "_last_topic",
         "_max_packet",
         "_now",
         "_opened_at",
@@ -189,6 +194,7 @@ class Connection:
         "session",
         "state",
         "subscriptions_full",
+        "topics_too_long",
         "turn",
         "version",
     )
@@ -205,6 +211,8 @@ class Connection:
         """Packets that may still be taken in this turn of the shell's loop; None for any number."""
         self.subscriptions_full = 0
         """Filters that were refused because the session had no room, since the shell looked and set it to 0."""
+        self.topics_too_long = 0
+        """Names and filters above a limit of ours, likewise."""
         self._events: list[Event] = []
         self._out: list[bytes] = []
         self._out_bytes = 0
@@ -229,6 +237,8 @@ class Connection:
         self._holding: set[int] = set()  # QoS 2 ids that count against our Receive Maximum
         self._unanswered = 0
         self._unanswered_bytes = 0
+        self._last_topic: str | None = None  # of the last PUBLISH, with its levels
+        self._last_levels: tuple[str, ...] = ()
         # outgoing
         self._aliases_out: dict[str, int] = {}
 
@@ -592,7 +602,10 @@ class Connection:
         if properties.subscription_identifiers:
             raise violation("a subscription identifier from a client")  # [MQTT-3.3.4-6]
         topic = self._resolve_alias(packet)
-        levels = self._levels(topic)
+        if topic != self._last_topic:  # most clients have one
+            self._last_levels = self._levels(topic)
+            self._last_topic = topic
+        levels = self._last_levels
         self._check_response_topic(properties)
         if packet.qos is QoS.AT_MOST_ONCE:
             self._announce(packet, topic, levels, now)
@@ -663,6 +676,7 @@ class Connection:
         try:
             return parse_name(topic, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
         except InvalidTopic as error:
+            self.topics_too_long += isinstance(error, TopicTooLong)
             raise RemoteProtocolError(ReasonCode.TOPIC_NAME_INVALID, str(error)) from None
 
     def _check_response_topic(self, properties: Properties) -> None:
@@ -712,6 +726,7 @@ class Connection:
         try:
             return parse_filter(text, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
         except TopicTooLong:
+            self.topics_too_long += 1
             return None
         except InvalidTopic as error:
             raise RemoteProtocolError(ReasonCode.TOPIC_FILTER_INVALID, str(error)) from None
@@ -806,7 +821,10 @@ class Connection:
                 if self.version is Version.V311:  # it has no words for a refusal [MQTT-3.3.5-2]
                     self._end(now, Cause.VIOLATION, reason, pending.text or "a message that is refused")
                     return
-            self._send(Ack(kind, pending.packet_id, reason, _reason_string(pending.text)), now)
+            if reason is ReasonCode.SUCCESS and self._max_packet >= _BARE_ACK_BYTES:
+                self._write(_BARE_ACKS[kind] + pending.packet_id.to_bytes(2, "big"))
+            else:
+                self._send(Ack(kind, pending.packet_id, reason, _reason_string(pending.text)), now)
 
     def _acknowledge(self, kind: PacketType, packet_id: int, reason: ReasonCode) -> None:
         if self.state is State.OPEN:

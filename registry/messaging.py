@@ -37,6 +37,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
+from registry.batching import Batcher
 from registry.delivery_progress import DeliveryProgress, Kind, Step
 from registry.errors import RegistryError, Unavailable
 from registry.events import Event, EventKind
@@ -117,6 +118,7 @@ class Messaging:
         self._swept: UUID = UUID(int=0)
         self._relays_dropped = 0
         self._ended_full = 0
+        self._alone = False
         self.grants = GrantTable(database)
 
     # Life ---------------------------------------------------------------------------------------------------------
@@ -148,9 +150,14 @@ class Messaging:
             overdue=self._overdue,
             observe=self._observe,
         )
+        self._catching_up: Batcher[TenantId, None] = Batcher(
+            "routes", self._catch_up, max_items=_CHUNK, max_queued=100 * _CHUNK
+        )
         await self._clear_up_after(self.node_id)
         await self._join()
+        self._hint_all()  # who was alone is not any more
         async with self._database.connection() as connection:
+            self._alone = not await storage.has_others(connection, self.node_id)
             await messaging_sessions.take_word(connection, self.node_id)  # it was for the earlier process
 
     async def run(self) -> None:
@@ -163,6 +170,7 @@ class Messaging:
 
     async def stop(self) -> None:
         """Store what is queued, then leave the list of nodes. Sessions are to be released before."""
+        await self._catching_up.stop()
         await self._publishing.stop()
         await self._progress.stop()
         await self._routes.stop()
@@ -272,6 +280,24 @@ class Messaging:
         if not self._routes.follows(tenant_id):
             async with self._database.connection() as connection:
                 await self._routes.refresh(connection, [tenant_id])
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other node is known, so that the router's routes are all there are. Some milliseconds old."""
+        return self._alone
+
+    def catch_up(self, tenant_id: TenantId) -> asyncio.Future[None]:
+        """When it is done, the router has every route that was acknowledged on any node before this call: for messages
+        that do not go through `publish`, which sees to it itself. Done in the order of the calls.
+
+        Raises Unavailable at once when too much waits; the future raises Unavailable.
+        """
+        return self._catching_up.submit(tenant_id)
+
+    async def _catch_up(self, tenants: Sequence[TenantId]) -> list[None]:
+        async with self._database.connection() as connection:
+            await self._routes.refresh(connection, set(tenants))
+        return [None] * len(tenants)
 
     def forget_tenant(self, tenant_id: TenantId) -> None:
         """Nobody of the tenant is connected here any more; the router may drop its routes."""
@@ -471,7 +497,10 @@ class Messaging:
             sender, *names = json.loads(str(payload))
         except ValueError:
             return
-        if sender != str(self._incarnation) and (self.node_id in names or _EVERY_NODE in names):
+        if sender == str(self._incarnation):
+            return
+        self._alone = False
+        if self.node_id in names or _EVERY_NODE in names:
             self._inbox.wake()
 
     async def _listen(self) -> None:
@@ -592,6 +621,7 @@ class Messaging:
         async with self._database.connection() as connection:
             dead = await storage.unlisted_owners(connection)
             dead += await storage.take_dead(connection, DEAD_SECONDS)
+            self._alone = not await storage.has_others(connection, self.node_id)
         for node_id in dead:
             log.warning("messaging.node_dead", extra={"fields": {"node": node_id}})
             await self._clear_up_after(node_id)

@@ -2,6 +2,7 @@
 
     PUBLISH, QoS 1, 2 or retained ─► Messaging.publish ─► route ─► commit ─► committed ─► sessions of this node
     PUBLISH, QoS 0 ────────────────► the same plan, from memory ─► sessions of this node, relays to other nodes
+                      (with other nodes, new routes are read before)
     another node's ────────────────► arrived, queued ─► sessions of this node
 
 The store (registry/messaging.py) keeps what must not be lost and calls the methods of its `Router` here; what a filter
@@ -217,8 +218,27 @@ class Broker:
             _FromHere(role.tenant_id, role.own, to_store(message), origin, sender, publisher=role)
         )
 
-    def publish_unsure(self, role: DeviceRole, message: Message) -> None:
-        """Send a message of QoS 0 that is not retained to whoever is there."""
+    def publish_unsure(self, role: DeviceRole, message: Message, later: Callable[[], None]) -> bool:
+        """Send a message of QoS 0 that is not retained to whoever is there. True: done; else `later` is called then.
+
+        Where there are other nodes, what was subscribed there before is asked for first.
+        """
+        if not self.messaging.alone:
+            try:
+                future = self.messaging.catch_up(role.tenant_id)
+            except Unavailable:
+                pass  # what is known has to do, as when the future fails
+            else:
+                future.add_done_callback(partial(self._caught_up, role, message, later))
+                return False
+        self._send_unsure(role, message)
+        return True
+
+    def _caught_up(self, role: DeviceRole, message: Message, later: Callable[[], None], _: object) -> None:
+        self._send_unsure(role, message)
+        later()
+
+    def _send_unsure(self, role: DeviceRole, message: Message) -> None:
         sender = None if role.ownership is None else role.ownership.session_id
         publication = _FromHere(role.tenant_id, role.own, to_store(message), None, sender, publisher=role)
         plan = self._planned(publication, message)

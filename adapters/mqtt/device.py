@@ -565,8 +565,8 @@ class DeviceRole:
 
     def _broker(self, receipt: Receipt, message: Message, now: float) -> None:
         if receipt.qos is QoS.AT_MOST_ONCE and not message.retain:
-            self.broker.publish_unsure(self, message)
-            self.mqtt.stored(receipt, now)
+            if self.broker.publish_unsure(self, message, lambda: self.peer.run(partial(self._stored, receipt))):
+                self.mqtt.stored(receipt, now)
             return
         self._offer(receipt, partial(self._submit_brokered, receipt, message), now)
 

@@ -596,6 +596,12 @@ async def beat(connection: Connection, node_id: NodeId, incarnation: UUID) -> bo
     return done is not None
 
 
+async def has_others(connection: Connection, node_id: NodeId) -> bool:
+    """Whether any other node is listed."""
+    found: bool = await connection.fetchval("SELECT EXISTS (SELECT FROM messaging_node WHERE node_id <> $1)", node_id)
+    return found
+
+
 async def leave(connection: Connection, node_id: NodeId, incarnation: UUID) -> None:
     """Take a node's process off the list."""
     await connection.execute("DELETE FROM messaging_node WHERE node_id = $1 AND incarnation = $2", node_id, incarnation)

@@ -16,9 +16,7 @@ What waits is one of
 - `Upgrade`: the last, too. When its turn comes, everything of this connection ends but its transport, which goes on
   under another protocol, with what has been read already.
 
-Devices repeat themselves, so a connection keeps the first few heads of hot requests that came whole in one read. When a
-read between two requests begins with the very bytes of such a head and ends with the body that it announces, the parser
-need not see it: llhttp keeps nothing from one message to the next, so the same bytes would mean the same again.
+A request of which a read holds all, under a head that is known already, does not go through the parser (hot.py).
 
 Bounds: a head is counted as it comes in and refused while it is still incomplete; a body by its announced length, or as
 its chunks arrive; what is buffered for a slow application, or behind the current request, stops the reading of the
@@ -39,18 +37,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, assert_never, cast
 from uuid import uuid4
 
 import httptools
-import msgspec
 
 from adapters.http.answer import CONTINUE, Answer, Code, Refusal, render
 from adapters.http.exchange import Exchange, Scope
+from adapters.http.hot import HotRequest, KnownHeads, Later
 from adapters.http.request import Head, Headers, Refused, read_head
 from adapters.http.upgrade import Upgrade, judge
 from adapters.tls.stream import TlsTransport
@@ -61,37 +58,6 @@ if TYPE_CHECKING:
 _LOG: Final = logging.getLogger("gatehouse.http")
 
 _DISCARDED_BODY: Final = 65_536  # what is still to come of a body that nobody wants, rather than closing
-_KNOWN_HEADS: Final = 4  # on a connection: one for each length of a device's bodies, as these differ by a digit or two
-_KNOWN_HEAD_BYTES: Final = 1_024  # a device's head has 300
-
-
-class Later(msgspec.Struct, frozen=True):
-    """An answer that waits for `future`: `answer(future)` makes it, when that is done and not cancelled."""
-
-    future: asyncio.Future[Any]
-    answer: Callable[[asyncio.Future[Any]], Answer]
-
-
-class HotHandler(Protocol):
-    """A short way past ASGI for the few requests that make most of the traffic."""
-
-    def accepts(self, method: str, path: str) -> bool:
-        """Whether `handle` wants requests of this kind (asked when the head is complete)."""
-
-    def handle(self, connection: HttpConnection, head: Head, body: bytes) -> Answer | Later | Awaitable[Answer]:
-        """Answer now, or promise an answer.
-
-        Runs inside the read callback, so it must not block. Header names are lower case. The head may be served again:
-        only its `meaning` may be set. An exception becomes a 500. `Later` costs the least, an awaitable a task.
-        """
-
-
-@dataclass(slots=True)
-class HotRequest:
-    """A complete request for the hot handler."""
-
-    head: Head
-    body: bytes
 
 
 class _Phase(Enum):
@@ -175,7 +141,7 @@ class HttpConnection(asyncio.Protocol):
         self._read_size = 0
         self._head: Head | None = None
         self._read = b""  # what the parser is being fed, if it began with a request whose head may become known
-        self._known_heads: dict[bytes, Head] = {}
+        self._known_heads = KnownHeads()
         self._receiving: Exchange | None = None
         self._upgrade: Upgrade | None = None
         self._body_parts: list[bytes] | None = None
@@ -221,8 +187,19 @@ class HttpConnection(asyncio.Protocol):
 
         A response in flight is cut; its request hears `http.disconnect`. The first `reason` is kept in `close_reason`.
         Cancelling the caller leaves the close going on; a deadline is the caller's to set, `abort` is the next step.
+
+        One answer is not cut: the one to an operator, before it has begun (`spare_answer`). Who revokes over the very
+        connection that carries the device's session must hear what became of it. Nothing else is read or answered, the
+        connection ends behind that answer, and this returns at once, as the answer may be waiting for it.
         """
         if self.closed:
+            return
+        current = self._current
+        if isinstance(current, Exchange) and current.spared and current.body_complete and not current.started:
+            self.close_reason = self.close_reason or reason
+            self._deaf = True
+            self._waiting.clear()
+            current.keep_alive = False
             return
         self._end(reason)
         if self._lost is None:
@@ -233,6 +210,11 @@ class HttpConnection(asyncio.Protocol):
         """Cut the connection now."""
         if self._transport is not None:
             self._transport.abort()
+
+    def spare_answer(self) -> None:
+        """The request being answered is an operator's: `close` lets it have its answer first."""
+        if isinstance(self._current, Exchange):
+            self._current.spared = True
 
     def rest(self) -> None:
         """The request being answered waits for news and costs no work meanwhile: it is in flight no longer."""
@@ -266,7 +248,7 @@ class HttpConnection(asyncio.Protocol):
         if self._phase is _Phase.IDLE:
             if self._repeated(data):
                 return
-            if len(self._known_heads) < _KNOWN_HEADS:
+            if not self._known_heads.full:
                 self._read = data
         self._read_size = len(data)
         try:
@@ -461,7 +443,7 @@ class HttpConnection(asyncio.Protocol):
         if self._body_parts is not None:
             parts, self._body_parts = self._body_parts, None
             if self._read:
-                self._keep_head(head)
+                self._known_heads.keep(self._read, head)
             self._enqueue(HotRequest(head, parts[0] if len(parts) == 1 else b"".join(parts)))
         elif self._receiving is not None:
             exchange, self._receiving = self._receiving, None
@@ -473,25 +455,17 @@ class HttpConnection(asyncio.Protocol):
 
     # The same head again, without the parser
 
-    def _keep_head(self, head: Head) -> None:
-        """Know this head again, if what was read is it and its body, and nothing else."""
-        end = self._read.find(b"\r\n\r\n") + 4
-        whole = len(self._read) - end == head.length
-        if whole and end <= _KNOWN_HEAD_BYTES and head.keep_alive and not head.expects_continue:
-            self._known_heads[self._read[:end]] = head
-
     def _repeated(self, data: bytes) -> bool:
         """Take a whole request whose head is known, unless there is any reason for a second look."""
         server = self._server
         if not self._known_heads or self._last_seen or self._waiting or server.in_flight >= server.limits.max_in_flight:
             return False
-        end = data.find(b"\r\n\r\n", 0, _KNOWN_HEAD_BYTES) + 4
-        head = self._known_heads.get(data[:end])
-        if head is None or len(data) - end != head.length:
+        request = self._known_heads.request_in(data)
+        if request is None:
             return False
         server.counters.requests += 1
         self._idle_at = _NEVER
-        self._enqueue(HotRequest(head, data[end:]))
+        self._enqueue(request)
         return True
 
     # What an exchange asks

@@ -33,9 +33,9 @@ from adapters.http.allowances import Allowances
 from adapters.http.answer import Answer
 from adapters.http.authentication import Authentication, DeviceEvidence, presented
 from adapters.http.bodies import CBOR, JSON, decode, media_type, uuid_in_path
-from adapters.http.connection import Later
 from adapters.http.device_sessions import Connection, DeviceSessions, HeaderLines, credential_lines
 from adapters.http.errors import answer_of, invalid_value
+from adapters.http.hot import Later
 from adapters.http.models import Request
 from adapters.http.operations import BASE
 from adapters.http.request import Head

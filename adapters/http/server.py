@@ -27,8 +27,9 @@ from typing import Final
 from uuid import uuid4
 
 from adapters.http.answer import Code, DateLine, Refusal, render
-from adapters.http.connection import HotHandler, HttpConnection
+from adapters.http.connection import HttpConnection
 from adapters.http.exchange import AsgiApp
+from adapters.http.hot import HotHandler
 from adapters.http.limits import Bodies, HttpCounters, HttpLimits
 from adapters.http.upgrade import WebSocketRoute
 from adapters.tls.admission import TlsCounters, TlsLimits

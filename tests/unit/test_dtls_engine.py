@@ -106,6 +106,15 @@ def test_a_key_is_asked_for_and_proved_and_data_flow(suite: bytes) -> None:
         server.engine.send(b"x" * (server.engine.room + 1))
 
 
+def test_who_offers_a_key_is_asked_for_it_even_if_certificates_come_first(credentials: Holder) -> None:
+    client = Client(psk_client_context(suites=b"ECDHE-ECDSA-AES128-CCM8:PSK-AES128-CCM8"))
+    server = Server(client, DtlsContext(credentials.credentials()))
+    server.feed(server.to_client())
+    assert server.events == [IdentityNeeded(b"device-1")]
+    server.key()
+    assert server.last == Established(PskProven(b"device-1", "the offer"))
+
+
 def both_closes(server: Server) -> Iterator[bool]:
     server.engine.close()
     server.to_client()

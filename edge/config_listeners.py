@@ -75,6 +75,65 @@ class Mqtt(Section, frozen=True, kw_only=True):
             description="One packet, announced as Maximum Packet Size. A payload of the largest uplink fits.",
         ),
     ] = 288 << 10
+    connect_bytes: Annotated[
+        int,
+        Meta(
+            ge=512,
+            le=1 << 20,
+            description="The same for CONNECT, before anybody is known. Ids, a key and a will of a few KB fit.",
+        ),
+    ] = 32 << 10
+    packet_seconds: Annotated[
+        Seconds,
+        Meta(description="A packet that has begun must be whole by then, and so long after it as its bytes may take."),
+    ] = 20.0
+    stalled_seconds: Annotated[
+        Seconds,
+        Meta(description="A peer that takes next to nothing of what is sent to it for so long is cut."),
+    ] = 20.0
+    min_rate_bytes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1 << 20,
+            description="Bytes per second that a slow link must manage, both ways. NB-IoT at its worst does a few "
+            "hundred.",
+        ),
+    ] = 64
+    client_id_bytes: Annotated[
+        int, Meta(ge=23, le=4_096, description="A client id. The protocol asks for 23; people use UUIDs and names.")
+    ] = 256
+    topic_bytes: Annotated[
+        int,
+        Meta(
+            ge=128,
+            le=1_024,
+            description="A topic name or filter. The longest topic of this server's own has 99; what is stored takes "
+            "no more than the default.",
+        ),
+    ] = 1_024
+    topic_levels: Annotated[
+        int, Meta(ge=8, le=64, description="Levels of one, each a step of every search. Naming schemes use six.")
+    ] = 64
+    topic_aliases: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000,
+            description="Topic aliases of one connection, in each direction, each a topic that is remembered.",
+        ),
+    ] = 16
+    user_properties: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000,
+            description="Of one packet, about 100 bytes each. Bridges and tracing use a handful.",
+        ),
+    ] = 64
+    filters: Annotated[
+        int, Meta(ge=1, le=10_000, description="In one SUBSCRIBE or UNSUBSCRIBE. Clients send more packets instead.")
+    ] = 256
     keep_alive_seconds: Annotated[
         int,
         Meta(
@@ -102,6 +161,32 @@ class Mqtt(Section, frozen=True, kw_only=True):
             "commit.",
         ),
     ] = 256
+    unanswered_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 30,
+            description="The same in bytes of payload, so that few large messages cannot fill the memory.",
+        ),
+    ] = 1 << 20
+    unreleased: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_535,
+            description="QoS 2 messages of one session that are stored and not released: MQTT 3.1.1 cannot be told a "
+            "Receive Maximum. At least `receive_maximum`.",
+        ),
+    ] = 1_024
+    unsent_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            le=1 << 26,
+            description="Written for one client and not yet taken by the network. Beyond it QoS 0 is dropped, and the "
+            "rest waits in its queue.",
+        ),
+    ] = 64 << 10
     inflight: Annotated[
         int,
         Meta(ge=1, le=32_767, description="Messages to one client that it has not acknowledged. It may ask for less."),
@@ -132,9 +217,69 @@ class Mqtt(Section, frozen=True, kw_only=True):
             "was away for a week starts anew.",
         ),
     ] = 604_800
+    stored_sessions_per_device: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000,
+            description="Sessions of one device that outlive their connections. It needs one; client ids that change "
+            "with every start must not pile up.",
+        ),
+    ] = 16
+    publish_queue: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000_000,
+            description="Messages among granted topics that wait to be stored; when full, senders are told to retry.",
+        ),
+    ] = 10_000
+    publish_queue_bytes: Annotated[
+        int, Meta(ge=1 << 16, le=1 << 34, description="The same in bytes, so that few large ones cannot fill it.")
+    ] = 64 << 20
+    tenant_queued_messages: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000_000,
+            description="Messages in all queues of one tenant's sessions, by a figure that is some seconds old: one "
+            "tenant must not fill the disk of all.",
+        ),
+    ] = 1_000_000
+    tenant_queued_bytes: Annotated[
+        int,
+        Meta(
+            ge=1 << 16,
+            le=1 << 50,
+            description="The same in bytes; a message that waits in many queues counts in each.",
+        ),
+    ] = 1 << 30
+    retained_messages: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10_000_000,
+            description="Retained messages of one tenant. A subscription to everything is sent all of them.",
+        ),
+    ] = 10_000
+    retained_bytes: Annotated[
+        int, Meta(ge=0, le=1 << 40, description="The same in bytes, so that few large ones cannot fill the disk.")
+    ] = 64 << 20
     provisioning_connections: Annotated[
         int, Meta(ge=1, le=100_000, description="Connections of user `provision` at once; they hold no credential.")
     ] = 500
+    provisioning_connections_per_address: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=100_000,
+            description="The same from one IPv4 address or IPv6 /64. A rack of devices that boots together comes in "
+            "turns.",
+        ),
+    ] = 64
+    provisioning_requests: Annotated[
+        int, Meta(ge=1, le=10_000, description="Requests on one such connection. A device that fails may ask again.")
+    ] = 20
     provisioning_seconds: Annotated[
         Seconds, Meta(description="Such a connection is closed after this. A claim over a slow radio takes 10 s.")
     ] = 60.0
@@ -145,6 +290,26 @@ class Mqtt(Section, frozen=True, kw_only=True):
             "this. Below the 10 s after which impatient clients try again.",
         ),
     ] = 8.0
+    refused_waiting: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Refused connections that wait for their answers; beyond it they are closed at once.",
+        ),
+    ] = 1_000
+    refusals_per_second: Annotated[
+        Annotated[float, Meta(ge=0.1, le=1_000_000)],
+        Meta(description="Refusals of one address that are answered at once; what comes above that waits, too."),
+    ] = 20.0
+    refusals_burst: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000_000,
+            description="The same at once after a pause. A site whose keys were revoked comes back at once.",
+        ),
+    ] = 200
 
 
 class Coap(Section, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from adapters.http.api_request import Service
 from adapters.http.app import HttpApi
 from adapters.http.server import HttpsServer
 from adapters.mqtt.server import MqttServer
+from adapters.mqtt.wire_reasons import ReasonCode
 from adapters.tls.admission import TlsCounters
 from edge.metrics import Metrics
 from registry.core import Registry
@@ -102,12 +103,25 @@ def _handshakes_dropped(tls: TlsCounters) -> int:
 
 
 def _mqtt_limits_hit(server: MqttServer) -> dict[Limit, int]:
-    counters, tls = server.counters, server.tls_counters
+    counters, tls, messaging = server.counters, server.tls_counters, server.broker.messaging
     return {
         Limit.SLOW_SENDER: counters.timed_out,
         Limit.HANDSHAKES: _handshakes_dropped(tls),
-        Limit.CONNECTIONS: tls.dropped_connection_limit + counters.turned_away,
+        Limit.CONNECTIONS: tls.dropped_connection_limit + tls.dropped_address_connections,
         Limit.UPLINK_PAYLOAD: counters.too_large,
+        Limit.PROVISIONING_ATTEMPTS: counters.provisioning_refused,
+        Limit.PROVISIONING_CONNECTIONS: counters.provisioning_full,
+        Limit.REFUSED_WAITING: counters.refusals_full,
+        Limit.SUBSCRIPTIONS: counters.subscriptions_full,
+        Limit.TOPIC: counters.topics_too_long,
+        Limit.TOPIC_ALIASES: counters.ended[ReasonCode.TOPIC_ALIAS_INVALID],
+        Limit.PACKET: counters.ended[ReasonCode.PACKET_TOO_LARGE],
+        Limit.CLIENT_ID: counters.ended[ReasonCode.CLIENT_IDENTIFIER_NOT_VALID],
+        Limit.RECEIVE_MAXIMUM: counters.ended[ReasonCode.RECEIVE_MAXIMUM_EXCEEDED],
+        Limit.PUBLISH_QUEUE: messaging.turned_away,
+        Limit.SESSION_QUEUE: messaging.overflowed,
+        Limit.RETAINED: messaging.retained_full,
+        Limit.STORED_SESSIONS: messaging.sessions_refused,
     }
 
 

@@ -14,6 +14,7 @@ from adapters.http.app import HttpApiSettings
 from adapters.http.limits import HttpLimits
 from adapters.mqtt.machine_limits import MqttLimits
 from adapters.mqtt.server_limits import ServerLimits as MqttServerLimits
+from adapters.mqtt.wire import WireLimits
 from adapters.provisioning import Provisioning
 from adapters.tls.admission import TlsLimits
 from edge.config import Config
@@ -82,11 +83,24 @@ def mqtt_limits(config: Config) -> MqttServerLimits:
     mqtt = config.mqtt
     machine = MqttLimits(
         packet_bytes=mqtt.packet_bytes,
+        connect_bytes=mqtt.connect_bytes,
+        wire=WireLimits(user_properties=mqtt.user_properties, filters=mqtt.filters),
+        topic_bytes=mqtt.topic_bytes,
+        topic_levels=mqtt.topic_levels,
+        client_id_bytes=mqtt.client_id_bytes,
         connect_timeout=mqtt.connect_seconds,
+        packet_grace=mqtt.packet_seconds,
+        min_packet_rate=mqtt.min_rate_bytes,
+        write_stall=mqtt.stalled_seconds,
         keep_alive=mqtt.keep_alive_seconds,
         idle=float(mqtt.idle_seconds),
         receive_maximum=mqtt.receive_maximum,
+        unreleased=mqtt.unreleased,
         unanswered_messages=mqtt.receive_maximum,
+        unanswered_bytes=mqtt.unanswered_bytes,
+        topic_aliases_in=mqtt.topic_aliases,
+        topic_aliases_out=mqtt.topic_aliases,
+        write_bytes=mqtt.unsent_bytes,
         inflight=mqtt.inflight,
         queued_messages=mqtt.queued_messages,
         queued_bytes=mqtt.queued_bytes,
@@ -96,10 +110,15 @@ def mqtt_limits(config: Config) -> MqttServerLimits:
     return MqttServerLimits(
         machine=machine,
         provisioning=mqtt.provisioning_connections,
+        provisioning_per_address=mqtt.provisioning_connections_per_address,
         provisioning_seconds=mqtt.provisioning_seconds,
+        provisioning_attempts=mqtt.provisioning_requests,
         provisioning_attempts_per_second=config.limits.provisioning_attempts_per_second,
         provisioning_attempts_burst=config.limits.provisioning_attempts_burst,
         taming_longest=mqtt.refused_wait_seconds,
+        refusals_per_second=mqtt.refusals_per_second,
+        refusals_burst=mqtt.refusals_burst,
+        held=mqtt.refused_waiting,
         payload_bytes=config.limits.uplink_payload_bytes,
     )
 
@@ -110,6 +129,13 @@ def messaging_limits(config: Config) -> MessagingLimits:
         queued_messages=config.mqtt.queued_messages,
         queued_bytes=config.mqtt.queued_bytes,
         full_queue_seconds=config.mqtt.full_queue_seconds,
+        tenant_messages=config.mqtt.tenant_queued_messages,
+        tenant_bytes=config.mqtt.tenant_queued_bytes,
+        retained_messages=config.mqtt.retained_messages,
+        retained_bytes=config.mqtt.retained_bytes,
+        sessions_per_device=config.mqtt.stored_sessions_per_device,
+        waiting=config.mqtt.publish_queue,
+        waiting_bytes=config.mqtt.publish_queue_bytes,
     )
 
 

@@ -204,6 +204,16 @@ class Messaging:
         return self._publishing.overflowed
 
     @property
+    def retained_full(self) -> int:
+        """Publications refused because their tenant retains as much as it may, since the start."""
+        return self._publishing.retained_full
+
+    @property
+    def sessions_refused(self) -> int:
+        """Sessions that were not stored because their device has as many as it may, since the start."""
+        return self._sessions.refused
+
+    @property
     def ended_full(self) -> int:
         """Sessions that this node ended because their queues stayed full, since the start."""
         return self._ended_full

@@ -44,6 +44,10 @@ class QueueFull(ResourceExhausted):
     """A receiver's queue, or the tenant's, has no room. Nothing was stored for anybody."""
 
 
+class RetainedFull(QueueFull):
+    """The tenant retains as much as it may. Nothing was stored for anybody."""
+
+
 class OutcomeOpen(Unavailable):
     """The commit was not answered: the message may be stored or not. Acknowledge nothing, refuse nothing; close."""
 

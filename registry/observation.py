@@ -53,7 +53,7 @@ class CloseReason(Enum):
 
 
 class Limit(Enum):
-    """A limit that somebody ran into; most are keys of `[limits]`."""
+    """A limit that somebody ran into; most are keys of `[limits]`, and of `[mqtt]` from SUBSCRIPTIONS on."""
 
     HEADER = "header"
     BODY = "body"
@@ -74,6 +74,18 @@ class Limit(Enum):
     COMMANDS = "commands"
     COMMAND_WAITS = "command_waits"
     CHILDREN = "children"
+    PROVISIONING_CONNECTIONS = "provisioning_connections"
+    REFUSED_WAITING = "refused_waiting"
+    SUBSCRIPTIONS = "subscriptions"
+    TOPIC = "topic"
+    TOPIC_ALIASES = "topic_aliases"
+    PACKET = "packet"
+    CLIENT_ID = "client_id"
+    RECEIVE_MAXIMUM = "receive_maximum"
+    PUBLISH_QUEUE = "publish_queue"
+    SESSION_QUEUE = "session_queue"
+    RETAINED = "retained"
+    STORED_SESSIONS = "stored_sessions"
 
 
 class Observer(Protocol):

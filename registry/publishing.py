@@ -47,6 +47,7 @@ from registry.messaging_values import (
     Published,
     QueueFull,
     Recipient,
+    RetainedFull,
     Router,
     Routing,
     SessionLost,
@@ -128,6 +129,8 @@ class Publishing:
         """Messages and bytes in the queues of each tenant, some seconds old, with what this node has added since."""
         self.overflowed = 0
         """Publications refused because a queue had no room, since the start."""
+        self.retained_full = 0
+        """Publications refused because the tenant retains as much as it may, since the start."""
         self._batcher: Batcher[_Item, Published] = Batcher(
             "publications",
             self._process,
@@ -230,7 +233,9 @@ class Publishing:
                 self._router.committed(item.publication, outcome)
             elif routing is not None:
                 self._router.abandoned(item.publication, routing)
-            if isinstance(outcome, QueueFull):
+            if isinstance(outcome, RetainedFull):
+                self.retained_full += 1
+            elif isinstance(outcome, QueueFull):
                 self.overflowed += 1
         for still in batch.overdue:
             self._full.forget(still.session_id)
@@ -370,9 +375,9 @@ class Publishing:
         retention = held.retention[item.publication.tenant_id]
         before = retention.sizes.get(message.topic)
         if before is None and retention.messages >= self._limits.retained_messages:
-            return QueueFull(f"the tenant has its {self._limits.retained_messages} retained messages")
+            return RetainedFull(f"the tenant has its {self._limits.retained_messages} retained messages")
         if retention.bytes - (before or 0) + message.size > self._limits.retained_bytes:
-            return QueueFull(f"the tenant has its {self._limits.retained_bytes} bytes of retained messages")
+            return RetainedFull(f"the tenant has its {self._limits.retained_bytes} bytes of retained messages")
         return None
 
     def _retain(self, item: _Item, held: _Held, batch: _Batch) -> None:

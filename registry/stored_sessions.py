@@ -67,6 +67,8 @@ class StoredSessions:
         self._node_id = node_id
         self._clock = clock
         self._limits = limits
+        self.refused = 0
+        """Sessions for which a device had no room, since the start."""
         self._hint = hint
         self._hint_all = hint_all
         self._lookups: Batcher[SessionKey, int | None] = Batcher(
@@ -127,6 +129,7 @@ class StoredSessions:
             return Taken(None, None, number), routed
         stored = await storage.count(connection, opening.key.tenant_id, opening.key.device_id)
         if stored >= self._limits.sessions_per_device:
+            self.refused += 1
             raise ResourceExhausted(f"the device has its {self._limits.sessions_per_device} stored sessions")
         session_id = await storage.insert(connection, opening, self._node_id)
         if session_id is None:

@@ -137,6 +137,7 @@ class Admission:
         counters = self._server.counters
         if counters.held >= self._limits.held:
             counters.turned_away += 1
+            counters.refusals_full += 1
             peer.refuse(ReasonCode.NOT_AUTHORIZED)
             return False
         counters.held += 1

@@ -264,7 +264,8 @@ class Peer(asyncio.Protocol):
                 self.transport.write(data)
                 moved = True
         server.counters.subscriptions_full += machine.subscriptions_full
-        machine.subscriptions_full = 0
+        server.counters.topics_too_long += machine.topics_too_long
+        machine.subscriptions_full = machine.topics_too_long = 0
         transport = self.transport
         if machine.closed:
             # Who is told what was wrong may be sending still: a reset would take our words from it.

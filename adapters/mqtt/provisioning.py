@@ -76,6 +76,7 @@ class Provisioners:
         here = self._by_block.get(block, 0)
         if self._count >= self.limits.provisioning or here >= self.limits.provisioning_per_address:
             self.server.counters.turned_away += 1
+            self.server.counters.provisioning_full += 1
             peer.refuse(ReasonCode.QUOTA_EXCEEDED)
             return
         self._count += 1
@@ -100,6 +101,7 @@ class Provisioners:
         """Count one request. Raises ResourceExhausted."""
         wait = self._attempts.take(block, self.server.now())
         if wait is not None:
+            self.server.counters.provisioning_refused += 1
             raise ResourceExhausted("this address has sent too many provisioning attempts", retry_after=wait)
 
 
@@ -150,6 +152,7 @@ class Provisioner:
             return
         self._asked += 1
         if self._asked > self._owner.limits.provisioning_attempts:
+            self._owner.server.counters.provisioning_refused += 1
             self.session.failed(receipt, ReasonCode.QUOTA_EXCEEDED, now, "too many requests on one connection")
             return
         self._peer.start(self._answer(receipt, message))

@@ -80,6 +80,14 @@ class MqttCounters:
     """Connections that ended by a bug of ours."""
     subscriptions_full: int = 0
     """Filters for which a session had no room."""
+    topics_too_long: int = 0
+    """Names and filters with more bytes or levels than are taken."""
+    provisioning_full: int = 0
+    """Of `turned_away`, those without credentials."""
+    provisioning_refused: int = 0
+    """Provisioning requests beyond what one connection or one address may send."""
+    refusals_full: int = 0
+    """Of `turned_away`, refused credentials for which there was no room to wait."""
     ended: Counter[ReasonCode] = field(default_factory=Counter)
     """Connections that did not end by their peers' will, by the reason that 5.0 has for it: which limit it was."""
 

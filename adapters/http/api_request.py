@@ -247,6 +247,7 @@ async def _authenticate(request: ApiRequest, access: Public | Permission | Devic
         operator = await service.authentication.operator(credential, access, contact)
         if request.connection is not None:
             request.connection.recognised = True
+            request.connection.spare_answer()
         cast(Any, request.scope)[OPERATOR] = operator
         return
     evidence = await service.authentication.device_evidence(credential, contact)

@@ -7,7 +7,8 @@
     credential revoked ──► the session's closer closes the connection (DESIGN, the funnel, 5)
 
 A connection may carry several devices, as a gateway's HTTP client pools them: one session for each key, at most
-`MAX_PER_CONNECTION`. Ending one of them ends the connection; the others come back by themselves.
+`MAX_PER_CONNECTION`. Ending one of them ends the connection; the others come back by themselves. An operator may use it
+as well: what it asks at that moment is answered before the connection ends.
 
 What can race: requests that arrive together on a new connection (a lock per connection lets one of them open the
 session), a revocation while the session opens (sessions.py refuses it then), the connection's end meanwhile (the
@@ -51,6 +52,8 @@ class Connection(Protocol):
     async def close(self, reason: str) -> None: ...
 
     def abort(self) -> None: ...
+
+    def spare_answer(self) -> None: ...
 
     def rest(self) -> None: ...
 

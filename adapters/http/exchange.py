@@ -76,6 +76,7 @@ class Exchange:
         "half_closed",
         "head",
         "keep_alive",
+        "spared",
         "started",
     )
 
@@ -89,6 +90,7 @@ class Exchange:
         self.started = False
         self.complete = False
         self.counted = False  # by the connection, as a request in flight
+        self.spared = False  # by the connection, when a session on it ends
         self.half_closed = False
         self._delivered = False
         self._detached = False

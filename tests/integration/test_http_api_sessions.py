@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -96,6 +97,44 @@ async def test_revoking_a_key_closes_its_connection_and_refuses_the_next(https: 
         refusal = next(e for e in timeline if e["kind"] == "auth.refused")
         assert refusal["data"]["reason"] == "credential revoked"
         assert refused.json()["correlation_id"] in refusal["data"]["correlation_ids"]
+
+
+async def test_who_revokes_over_the_devices_own_connection_gets_the_receipt(https: Https) -> None:  # noqa: F811
+    device = await https.api.registered()
+    credential = f"{BASE}/devices/{device['device_id']}/credentials/{device['credential_id']}"
+    key, operators = {"x-api-key": device["api_key"]}, {"authorization": f"Bearer {https.api.token()}"}
+    async with https.client() as one:
+        assert (await one.post(TELEMETRY, json={"a": 1}, headers=key)).status_code == 202
+        assert len(https.server.connections) == 1
+        answer = await one.delete(credential, headers=operators)
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        receipt = answer.json()
+        assert receipt["remaining"] == 0
+        assert [s["transport"] for s in receipt["sessions"]] == ["https"]
+        await eventually(lambda: not https.server.connections)
+        assert live(https.api) == 0
+        assert (await one.post(TELEMETRY, json={"a": 1}, headers=key)).status_code == 401
+        assert (await one.get(f"{BASE}/devices", headers=operators)).status_code == 200
+
+
+async def test_nothing_behind_the_revocation_is_answered(https: Https) -> None:  # noqa: F811
+    device = await https.api.registered()
+    reader, writer = await connect(https.port, client_context(https.holder))
+    send = (
+        f"POST {TELEMETRY} HTTP/1.1\r\nHost: x\r\nX-API-Key: {device['api_key']}\r\nContent-Length: 7\r\n\r\n"
+        + '{"a":1}'
+    )
+    bearer = f"Bearer {https.api.token()}"
+    revoke = (
+        f"DELETE {BASE}/devices/{device['device_id']}/credentials/{device['credential_id']} HTTP/1.1\r\n"
+        f"Host: x\r\nAuthorization: {bearer}\r\n\r\n"
+    )
+    writer.write((send + revoke + send).encode())
+    async with asyncio.timeout(10):
+        heard = await reader.read(-1)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", heard) == [b"202", b"200"]
+    writer.close()
 
 
 async def test_the_raw_connection_sees_the_end(https: Https) -> None:  # noqa: F811

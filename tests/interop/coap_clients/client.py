@@ -154,7 +154,8 @@ class CoapClient(asyncio.DatagramProtocol):
             await self._gone
 
     def call_out(self, path: str, value: Any) -> None:
-        """One non-confirmable POST in JSON, whose fate is not asked for; also on an association that is over."""
+        """One non-confirmable POST in JSON, whose fate is not asked for; also on an association that is over, where the
+        library sends it all the same. Raises ConnectionError where it does not."""
         message = self._message(Code.POST, path, json.dumps(value).encode(), 50, None, ())
         message.mtype = Type.NON
         self.dtls.send(message.encode())

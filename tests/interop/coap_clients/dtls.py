@@ -53,7 +53,7 @@ class Dtls(Protocol):
         """One datagram of the server."""
 
     def send(self, plaintext: bytes) -> None:
-        """Encrypt."""
+        """Encrypt. Raises ConnectionError where the library does nothing more after the end."""
 
     def close(self) -> None:
         """Make the close_notify."""
@@ -240,7 +240,7 @@ class MbedtlsDtls:
             certificate_chain=_mbedtls_chain(who) if isinstance(who, Certificate) else None,
             trust_store=None if ca is None else tls.TrustStore(_mbedtls_certificates(ca.read_text())),
         )
-        self._buffer = tls.ClientContext(configuration).wrap_buffers("localhost" if ca is not None else None)
+        self._buffer: Any = tls.ClientContext(configuration).wrap_buffers("localhost" if ca is not None else None)
         self._buffer.setmtu(mtu)
         self._out: list[bytes] = []
 
@@ -258,7 +258,10 @@ class MbedtlsDtls:
             self._read()
 
     def send(self, plaintext: bytes) -> None:
-        self._buffer.write(plaintext)
+        try:
+            self._buffer.write(plaintext)
+        except self._tls.WantReadError as error:  # all it says of an association that is over
+            raise ConnectionError("Mbed TLS writes nothing more") from error
         self._take()
 
     def close(self) -> None:

@@ -29,7 +29,6 @@ child is taken from its gateway between the look and the commit (as over HTTPS, 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -300,6 +299,34 @@ class Devices:
 class DeviceRole:
     """One of them (peer.Role)."""
 
+    __slots__ = (
+        "_asked",
+        "_levels",
+        "_moved",
+        "_pending",
+        "_retry",
+        "_source",
+        "_target",
+        "_waiting",
+        "broker",
+        "brokered",
+        "downlinks",
+        "grants",
+        "key",
+        "mqtt",
+        "own",
+        "owner",
+        "ownership",
+        "peer",
+        "profile_id",
+        "registry",
+        "retained",
+        "server",
+        "session",
+        "taking",
+        "tenant_id",
+    )
+
     def __init__(self, owner: Devices, peer: Peer, session: RegistrySession, key: Key, grants: DeviceGrants) -> None:
         self.owner = owner
         self.server = owner.server
@@ -321,12 +348,15 @@ class DeviceRole:
         """Subscriptions among the granted topics that stand, by the text of their filter; the broker's to change."""
         self.downlinks = Downlinks(self)
         self.retained = RetainedMessages(self)
-        self._waiting: deque[Callable[[], bool]] = deque()
+        self._waiting: list[Callable[[], bool]] = []
         """Messages for which the core had no room, as attempts to hand them over: whether it was taken."""
         self._retry: asyncio.TimerHandle | None = None
         self._pending: set[asyncio.Future[None]] = set()
-        self._moved = asyncio.Event()
+        self._moved: asyncio.Event | None = None  # made by who waits for it: few do
         self._asked = 0
+        self._source = source_of(session, self.own)
+        self._levels: tuple[str, ...] = ()  # of the last message's topic, and where that goes: mostly the next one's
+        self._target: Target | None = None
 
     @property
     def ready(self) -> bool:
@@ -390,7 +420,8 @@ class DeviceRole:
     def lost(self, ended: Ended | None, now: float) -> None:
         self.downlinks.close()
         self._waiting.clear()
-        self._moved.set()
+        if self._moved is not None:
+            self._moved.set()
         if self._retry is not None:
             self._retry.cancel()
         if self.owner.by_key.get(self.key) is self:
@@ -460,7 +491,8 @@ class DeviceRole:
 
     def finished(self, key: int) -> None:
         """A delivery is done, or was discarded. Keys below 0 are downlinks', above 0 rows of the stored queue."""
-        self._moved.set()
+        if self._moved is not None:
+            self._moved.set()
         if key < 0:
             self.downlinks.acknowledged(key)
         elif key > 0 and self.ownership is not None:
@@ -494,10 +526,11 @@ class DeviceRole:
 
     async def room(self, seconds: float) -> None:
         """Wait until a delivery is done, or so long."""
-        self._moved.clear()
+        self._moved = moved = self._moved or asyncio.Event()
+        moved.clear()
         try:
             async with asyncio.timeout(seconds):
-                await self._moved.wait()
+                await moved.wait()
         except TimeoutError:
             pass
 
@@ -508,7 +541,9 @@ class DeviceRole:
     # Publishing -----------------------------------------------------------------------------------------------------
 
     def _publish(self, receipt: Receipt, message: Message, levels: tuple[str, ...], now: float) -> None:
-        target = publish_target(levels, self.own)
+        if levels is not self._levels:  # the machine gives the same ones for the same topic
+            self._levels, self._target = levels, publish_target(levels, self.own)
+        target = self._target
         match target:
             case UplinkTopic(device_id) if device_id == self.own:
                 self._store(receipt, message, target, now)
@@ -553,7 +588,7 @@ class DeviceRole:
         self._stored(receipt)
 
     def _store(self, receipt: Receipt, message: Message, topic: UplinkTopic, now: float) -> None:
-        source = source_of(self.session, topic.device_id)
+        source = self._source if topic.device_id == self.own else source_of(self.session, topic.device_id)
         try:
             uplink = uplink_of(topic, message, source, max_bytes=self.server.limits.payload_bytes)
         except InvalidArgument as error:
@@ -653,7 +688,7 @@ class DeviceRole:
                 self.peer.hold(pause)
                 self._retry = self.server.loop.call_later(pause, self._try_again)
                 return
-            self._waiting.popleft()
+            self._waiting.pop(0)
 
     # What became of a message ---------------------------------------------------------------------------------------
 

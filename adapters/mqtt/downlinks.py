@@ -39,6 +39,8 @@ _JSON: Final = Properties(payload_format_indicator=1, content_type="application/
 class Downlinks:
     """Those of one connection."""
 
+    __slots__ = ("_keys", "_lines", "_role", "waiting")
+
     def __init__(self, role: DeviceRole) -> None:
         self._role = role
         self.waiting: set[_Line] = set()

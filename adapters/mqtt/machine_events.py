@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+import msgspec
+
 from adapters.mqtt.session_values import Delivery, Message, Receipt, Subscription
 from adapters.mqtt.wire_packets import Connect, SubscriptionRequest
 from adapters.mqtt.wire_reasons import ReasonCode
@@ -18,8 +20,7 @@ class ConnectRequested:
     connect: Connect
 
 
-@dataclass(frozen=True, slots=True)
-class PublishReceived:
+class PublishReceived(msgspec.Struct, frozen=True, gc=False):
     """A message. Owed, for every QoS: `Session.stored` once it is committed, or `Session.failed`.
 
     For QoS 2 in a durable session the commit includes `receipt.packet_id` among the incoming ids of the session.

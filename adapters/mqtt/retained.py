@@ -41,6 +41,8 @@ SLOW_SECONDS: Final = 0.05
 class RetainedMessages:
     """Those of one session."""
 
+    __slots__ = ("_owed", "_role", "_sending")
+
     def __init__(self, role: DeviceRole) -> None:
         self._role = role
         self._owed: dict[str, Subscription] = {}

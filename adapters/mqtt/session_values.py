@@ -9,14 +9,19 @@ a packet id may return on the next connection while the first message is still b
 
 All times are seconds on one clock, the caller's, which must go on across restarts (UNIX time does) for what is kept
 in a snapshot.
+
+What every message makes is a struct of msgspec: made in a fifth of a frozen dataclass's time, and unknown to the
+garbage collector, since it forms no cycles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
+
+import msgspec
 
 from adapters.mqtt.properties import NO_PROPERTIES, Properties
 from adapters.mqtt.topics import Filter
@@ -26,16 +31,19 @@ NEVER: Final = float("inf")
 _OVERHEAD: Final = 256  # what a queued message costs in objects, in bytes, beside its topic and payload
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True, gc=False):
     """A published message. `properties` are the forwarded ones only; `expires_at` is a time, None for never."""
 
     topic: str
-    payload: bytes = field(repr=False)
+    payload: bytes
     qos: QoS = QoS.AT_MOST_ONCE
     retain: bool = False
     properties: Properties = NO_PROPERTIES
     expires_at: float | None = None
+
+    def __repr__(self) -> str:
+        """Without the payload, which is the devices' own."""
+        return f"Message({self.topic!r}, {len(self.payload)} bytes, {self.qos!r})"
 
     @property
     def size(self) -> int:
@@ -74,8 +82,7 @@ class Delivery:
     key: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """Names one incoming PUBLISH towards `Session.stored` and `Session.failed`. `size` in bytes."""
 
     number: int

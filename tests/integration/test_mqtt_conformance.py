@@ -164,6 +164,21 @@ async def test_sessions_are_found_by_client_id_within_one_device(site: Site, ver
 
 
 @VERSIONS
+async def test_an_empty_client_id_gets_a_new_one_each_time_and_is_told_in_5(site: Site, version: Version) -> None:
+    device = await site.device()
+    names: set[str] = set()
+    async with site.mqtt.client(version=version) as one, site.mqtt.client(version=version) as other:
+        for client in (one, other):
+            connack = await client.connect(device, client_id="")
+            assert connack.reason is R.SUCCESS
+            names.add(connack.properties.assigned_client_identifier or "")
+        await silent(one)  # the second has not taken it over
+        known = {key[2] for key in site.mqtt.server.devices.by_key if str(key[1]) == device.device_id}
+        assert len(known) == 2
+        assert names == (known if version is Version.V5 else {""})
+
+
+@VERSIONS
 async def test_clean_start_discards_what_was_kept(site: Site, version: Version) -> None:
     device, topic = await site.device(), site.topic()
     async with site.mqtt.client(version=version) as client:
@@ -477,6 +492,19 @@ async def _share(site: Site, sender: Client, left: Client, right: Client, qos: Q
         got = await right.expect(Publish)
     await silent(other)
     return Members(chosen, other, got, *by_client[id(chosen)])
+
+
+async def test_the_granted_qos_holds_for_shared_subscriptions(site: Site) -> None:
+    one, other, topic = await site.device(), await site.device(), site.topic()
+    async with site.mqtt.client() as sender, site.mqtt.client() as member:
+        await sender.connect(one)
+        await member.connect(other)
+        for granted in QoS:
+            await member.subscribe(f"$share/g/{topic}", qos=granted)
+            for sent in QoS:
+                await sender.publish(topic, b"%d" % sent, sent)
+                (got,) = await take(member, 1)
+                assert (got.payload, got.qos) == (b"%d" % sent, min(granted, sent))
 
 
 async def test_a_shared_qos_2_message_that_was_begun_is_finished_with_the_same_client(site: Site) -> None:

@@ -281,6 +281,14 @@ def test_a_remaining_length_that_cannot_be_is_refused(header: str) -> None:
         ("3007000161 03 a60000", V5, MALFORMED),
         ("3006000161 02 8100", V5, MALFORMED),  # an identifier longer than needed
         ("3005000161 01 02", V5, MALFORMED),  # a property without its value
+        ("300c000161 08 260002c0af000176", V5, MALFORMED),  # [MQTT-1.5.7-1]: the name of a user property
+        ("300b000161 07 26000161 000100", V5, MALFORMED),  # and its value
+        ("3009000161 05 080002c0af", V5, MALFORMED),  # [MQTT-3.3.2-13]: a response topic
+        ("3009000161 05 030002c0af", V5, MALFORMED),  # [MQTT-3.3.2-19]: a content type
+        ("82070001 0002c0af 00", V311, MALFORMED),  # [MQTT-3.8.3-1]
+        ("82080001 00 0002c0af 00", V5, MALFORMED),
+        ("a2060001 0002c0af", V311, MALFORMED),  # [MQTT-3.10.3-1]
+        ("a2070001 00 0002c0af", V5, MALFORMED),  # [MQTT-3.10.2-1]
     ],
 )
 def test_what_is_not_allowed_is_refused_with_its_reason(
@@ -307,6 +315,18 @@ def connect(level: int, flags: int, rest: str, name: str = "MQTT") -> str:
         (connect(4, 0x42, "0000 000161 000170"), MALFORMED),  # a password without a user name
         (connect(4, 0x02, "0000"), MALFORMED),  # no client identifier
         (connect(4, 0x82, "0000 000161"), MALFORMED),  # no user name
+        (connect(4, 0xC2, "0000 000161 000175"), MALFORMED),  # no password
+        (connect(5, 0x42, "0000 00 000161"), MALFORMED),
+        (connect(4, 0x06, "0000 000161"), MALFORMED),  # no will topic
+        (connect(4, 0x06, "0000 000161 000177"), MALFORMED),  # no will message
+        (connect(5, 0x06, "0000 00 000161"), MALFORMED),  # no will properties
+        (connect(4, 0x02, "0000 000161 000175"), MALFORMED),  # a user name without its flag
+        (connect(4, 0x82, "0000 000161 000175 000170"), MALFORMED),  # a password without its flag
+        (connect(4, 0x02, "0000 0002c0af"), MALFORMED),  # a client identifier that is no string
+        (connect(4, 0x06, "0000 000161 0002c0af 0000"), MALFORMED),  # [MQTT-3.1.3-10]: a will topic
+        (connect(5, 0x06, "0000 00 000161 00 0002c0af 0000"), MALFORMED),  # [MQTT-3.1.3-11]
+        (connect(4, 0x82, "0000 000161 0002c0af"), MALFORMED),  # [MQTT-3.1.3-11]: a user name
+        (connect(5, 0x82, "0000 00 000161 0002c0af"), MALFORMED),  # [MQTT-3.1.3-12]
         (connect(4, 0x02, "0000 000161 00"), MALFORMED),  # more than there should be
         (connect(4, 0x02, "0000 000100"), MALFORMED),
         (connect(5, 0x02, "0000 03 210000 000161"), PROTOCOL),  # receive maximum 0

@@ -25,7 +25,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -79,6 +79,8 @@ class Seen(msgspec.Struct, frozen=True):
     seconds: float
     stalled: int
     cpu: float
+    before: int = 0
+    """Requests that were answered before the clock started."""
 
     @property
     def rate(self) -> float:
@@ -169,12 +171,20 @@ class Wire:
 
 def handshakes(task: Task, sides: Sequence[Side]) -> Seen:
     """Closed loops of handshakes, one on each of `at_once` sockets."""
-    poll = select.epoll()
     wires: dict[int, Wire] = {}
     for number, side in enumerate(sides[: task.at_once]):
         wire = Wire(task.port, number, side)
         wires[wire.socket.fileno()] = wire
-        poll.register(wire.socket.fileno(), select.EPOLLIN)
+    try:
+        with select.epoll() as poll:
+            return _handshakes(task, wires, poll)
+    finally:
+        _close(wires.values())
+
+
+def _handshakes(task: Task, wires: dict[int, Wire], poll: select.epoll) -> Seen:
+    for fd in wires:
+        poll.register(fd, select.EPOLLIN)
     done = stalled = 0
     spent, began = _cpu(), time.perf_counter()
     end, checked = began + task.seconds, began
@@ -205,9 +215,18 @@ def handshakes(task: Task, sides: Sequence[Side]) -> Seen:
 
 
 def establish(task: Task, sides: Sequence[Side], at_once: int = 32) -> list[Wire]:
-    """A session for each side. Raises TimeoutError when one does not come about."""
-    poll = select.epoll()
+    """A session for each side. Raises TimeoutError when one does not come about, ProtocolError when one is refused."""
     wires = [Wire(task.port, number, side) for number, side in enumerate(sides)]
+    try:
+        with select.epoll() as poll:
+            _establish(wires, poll, at_once)
+    except BaseException:
+        _close(wires)
+        raise
+    return wires
+
+
+def _establish(wires: Sequence[Wire], poll: select.epoll, at_once: int) -> None:
     waiting = iter(wires)
     under_way: dict[int, Wire] = {}
 
@@ -242,32 +261,47 @@ def establish(task: Task, sides: Sequence[Side], at_once: int = 32) -> list[Wire
                 poll.unregister(fd)
                 del under_way[fd]
                 begin()
-    return wires
 
 
 def requests(task: Task) -> Seen:
     """Closed loops of confirmable requests on established sessions. Raises AssertionError for an answer but 2.04."""
     sides = [PskSide(device) for device in task.devices[: task.at_once]]
     wires = establish(task, sides)
-    exchange(task, wires, [[side.client.seal(request(task, task.most))] for side in sides], 5.0)  # admitted now
-    sealed = [[side.client.seal(request(task, number)) for number in range(task.most)] for side in sides]
-    seen, answers = exchange(task, wires, sealed, task.seconds)
-    for side, got in zip(sides, answers, strict=True):
-        for number, datagram in enumerate(got):
-            plain = side.client.open(datagram)
-            expected = bytes((0x60 | len(_TOKEN), _CHANGED)) + number.to_bytes(2, "big") + _TOKEN
+    try:
+        return _requests(task, sides, wires)
+    finally:
+        for wire in wires:
+            wire.say(wire.side.goodbye())
+        _close(wires)
+
+
+def _requests(task: Task, sides: Sequence[PskSide], wires: Sequence[Wire]) -> Seen:
+    first = [[side.client.seal(request(task, task.most))] for side in sides]
+    warm, welcome = exchange(wires, first, 5.0)  # the server admits each
+    ready = [number for number, answers in enumerate(welcome) if answers]
+    sealed = [[sides[place].client.seal(request(task, number)) for number in range(task.most)] for place in ready]
+    seen, answers = exchange([wires[place] for place in ready], sealed, task.seconds)
+    for place, got in zip(ready, answers, strict=True):
+        for number, datagram in enumerate((*welcome[place], *got), -1):
+            message_id = task.most if number < 0 else number
+            expected = bytes((0x60 | len(_TOKEN), _CHANGED)) + message_id.to_bytes(2, "big") + _TOKEN
+            plain = sides[place].client.open(datagram)
             assert plain is not None
             assert plain.startswith(expected), plain
-    for wire in wires:
-        wire.say(wire.side.goodbye())
-    return seen
+    return Seen(seen.count, seen.seconds, seen.stalled + warm.stalled, seen.cpu, before=len(ready))
 
 
 def exchange(
-    task: Task, wires: Sequence[Wire], sealed: Sequence[Sequence[bytes]], seconds: float
+    wires: Sequence[Wire], sealed: Sequence[Sequence[bytes]], seconds: float
 ) -> tuple[Seen, list[list[bytes]]]:
     """Send each wire's requests one after another; ends when all are sent or the time is up and all are answered."""
-    poll = select.epoll()
+    with select.epoll() as poll:
+        return _exchange(wires, sealed, seconds, poll)
+
+
+def _exchange(
+    wires: Sequence[Wire], sealed: Sequence[Sequence[bytes]], seconds: float, poll: select.epoll
+) -> tuple[Seen, list[list[bytes]]]:
     answers: list[list[bytes]] = [[] for _ in wires]
     turns: dict[int, tuple[Callable[[int], bytes], Callable[[bytes], int], list[bytes], Sequence[bytes]]] = {}
     for wire, out, got in zip(wires, sealed, answers, strict=True):
@@ -324,6 +358,11 @@ def sides_of(task: Task, count: int) -> Sequence[Side]:
     return [PskSide(task.devices[number % len(task.devices)]) for number in range(count)]
 
 
+def _close(wires: Iterable[Wire]) -> None:
+    for wire in wires:
+        wire.socket.close()
+
+
 def _cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
@@ -349,6 +388,7 @@ def main() -> None:
             sys.stdin.read()
             for wire in wires:
                 wire.say(wire.side.goodbye())
+            _close(wires)
         case other:
             raise AssertionError(other)
 

@@ -42,6 +42,7 @@ class DtlsLimits:
     mtu: int = 1_200  # UDP payload that nearly every path carries (RFC 9000 §14.1 stands on the same figure)
     fallback_mtu: int = 528  # what is left of IPv4's 576 (RFC 791) after IPv6 + UDP headers; used after a lost flight
     receive_buffer: int = 4_194_304  # of the socket: a second of a flood of small datagrams
+    strangers: int = 2_048  # datagrams of them that wait for their turn: half a second's work, less than clients wait
     batch: int = 64  # datagrams in one go before other work of the loop gets its turn: some 3 ms
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class Drop(StrEnum):
     CERTIFICATE = "dropped_certificate"
     KEY_UNAVAILABLE = "dropped_key_unavailable"
     HELD = "dropped_held"
+    CROWDED = "dropped_crowded"
     UNSENT = "dropped_unsent"
 
 
@@ -86,6 +88,7 @@ class DtlsCounters:
         "dropped_association_limit",
         "dropped_certificate",
         "dropped_cookie",
+        "dropped_crowded",
         "dropped_displaced",
         "dropped_garbage",
         "dropped_handshake_failed",

@@ -21,6 +21,10 @@ before OpenSSL would send a flight again, and never ask for their timer.
 
 Who is asked for a key may take its time, in a task of its own; datagrams of that peer wait in its engine.
 
+Strangers wait. A handshake costs a hundred times what a record of a living association does. So the datagrams of those
+who have none yet wait, bounded, in a queue from which 2 ms at a time are taken; those of living associations are taken
+as they are read. A flood of handshakes delays other handshakes.
+
 The socket is read directly, many datagrams per wake-up of the loop: measured at a third of the cost of asyncio's own
 datagram transport. It is never waited for in writing: a full socket loses the datagram, as the network may.
 
@@ -39,6 +43,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -64,6 +69,7 @@ _log = logging.getLogger(__name__)
 _LARGEST_DATAGRAM: Final = 16_384 + 2_048  # RFC 6347 §4.1: one record of the largest size; CoAP's are a tenth of it
 _SWEEPS: Final = 16  # per idle timeout, so that it is kept to within a sixteenth
 _GOODBYES: Final = 64  # in one go when the listener closes
+_TURN: Final = 0.002  # seconds for strangers, before others of the loop: what an exchange of a device may be late
 _TICK: Final = 0.05  # by so much a flight may be sent again too late, of the second that OpenSSL waits first
 _FIRST_LOOK: Final = 0.5  # after a handshake's beginning; nothing is due earlier
 _LOOKS: Final = 1.0  # between two at the most
@@ -105,6 +111,8 @@ class DtlsListener:
         self._sweeper: asyncio.TimerHandle | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._closing = False
+        self._strangers: deque[tuple[bytes, Address]] = deque()
+        self._turn: asyncio.Handle | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Listen on `host` (a name or an address) and `port` (0: any free one). Returns the bound port.
@@ -163,6 +171,10 @@ class DtlsListener:
             asyncio.get_running_loop().remove_reader(bound.fileno())
             bound.close()
             self._socket = None
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        self._strangers.clear()
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -177,8 +189,23 @@ class DtlsListener:
             try:
                 datagram, address = bound.recvfrom(_LARGEST_DATAGRAM)
             except OSError:  # nothing more, or word of an earlier datagram that nobody took
-                return
-            self.arrived(datagram, address)
+                break
+            if address in self._living and address not in self._pending and not is_client_hello(datagram):
+                self.arrived(datagram, address)
+            elif len(self._strangers) < self.limits.strangers:
+                self._strangers.append((datagram, address))
+            else:
+                self.counters.drop(Drop.CROWDED)
+        if self._turn is None:
+            self._take_strangers()
+
+    def _take_strangers(self) -> None:
+        """A turn of those who wait; another one soon while there are any."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _TURN
+        while self._strangers and loop.time() < until:
+            self.arrived(*self._strangers.popleft())
+        self._turn = loop.call_soon(self._take_strangers) if self._strangers else None
 
     def arrived(self, datagram: bytes, address: Address) -> None:
         """Take one datagram from anybody. Anything may be in it; nothing raises."""

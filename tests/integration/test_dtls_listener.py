@@ -324,6 +324,31 @@ async def test_a_flood_of_garbage_is_passed_over() -> None:
         assert listener.counters.started == 4
 
 
+async def test_who_is_in_is_heard_before_strangers_and_their_crowd_is_bounded() -> None:
+    [hello] = Client(psk_client_context()).step()
+    async with serving(limits=DtlsLimits(strangers=40)) as listener, udp_client(listener.port) as living:
+        await living.handshake()
+        crowd = [plain_socket(listener.port) for _ in range(60)]
+        order: list[int] = []
+        arrived = listener.arrived
+
+        def noted(datagram: bytes, address: Any) -> None:
+            order.append(datagram[0])
+            arrived(datagram, address)
+
+        listener.arrived = noted
+        try:
+            for each in crowd:  # the loop does not run meanwhile: all of it is one batch
+                each.send(hello)
+            assert await living.ask(b"through") == b"through"
+            assert order[0] == 23, "application data, though it came last"
+            await eventually(lambda: len(order) == 41)
+            assert listener.counters.as_dict()["dropped_crowded"] == 20
+        finally:
+            for each in crowd:
+                each.close()
+
+
 # What a refusal shows -------------------------------------------------------------------------------------------------
 
 

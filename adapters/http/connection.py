@@ -5,7 +5,7 @@ Theory
 The parser (llhttp) calls back while it eats what TLS decrypted, at most one read (32 KiB) at a time. Requests are
 answered one after another in the order of their arrival (RFC 9112 §9.3.2): at most one is `current`, the rest wait.
 
-    receiving:  IDLE ──first byte──▶ HEAD ──empty line──▶ BODY ──end──▶ IDLE           refusal, last request: deaf
+    reader.py:  bytes ──▶ requests, refusals, upgrades; what it hands over comes whole, or with its body still to come
     answering:  nothing ──▶ current (an exchange, a hot answer, a refusal) ──▶ next waiting, or nothing
 
 What waits is one of
@@ -38,18 +38,16 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, assert_never, cast
 from uuid import uuid4
 
-import httptools
-
-from adapters.http.answer import CONTINUE, Answer, Code, Refusal, render
+from adapters.http.answer import Answer, Code, Refusal, render
 from adapters.http.exchange import Exchange, Scope
-from adapters.http.hot import HotRequest, KnownHeads, Later
-from adapters.http.request import Head, Headers, Refused, read_head
-from adapters.http.upgrade import Upgrade, judge
+from adapters.http.hot import HotRequest, Later
+from adapters.http.reader import NEVER, Phase, RequestReader
+from adapters.http.request import Head
+from adapters.http.upgrade import Upgrade
 from adapters.tls.stream import TlsTransport
 
 if TYPE_CHECKING:
@@ -60,18 +58,8 @@ _LOG: Final = logging.getLogger("gatehouse.http")
 _DISCARDED_BODY: Final = 65_536  # what is still to come of a body that nobody wants, rather than closing
 
 
-class _Phase(Enum):
-    IDLE = auto()
-    HEAD = auto()
-    BODY = auto()
-
-
 _Item = Exchange | HotRequest | Refusal | Upgrade
 """What is answered in its turn."""
-
-
-class _Enough(Exception):
-    """The last request of the connection has been read; what follows it is not."""
 
 
 class HttpConnection(asyncio.Protocol):
@@ -79,42 +67,22 @@ class HttpConnection(asyncio.Protocol):
 
     __slots__ = (
         "__weakref__",
-        "_body_bytes",
-        "_body_ends_by",
-        "_body_framing",
-        "_body_held",
-        "_body_limit",
-        "_body_mark",
-        "_body_parts",
-        "_check_at",
         "_close_callbacks",
-        "_current",
         "_deaf",
         "_half_closed",
-        "_head",
-        "_head_fed",
-        "_headers",
         "_idle_at",
-        "_known_heads",
-        "_last_seen",
         "_loop",
         "_lost",
-        "_parser",
-        "_phase",
-        "_read",
-        "_read_size",
-        "_receiving",
+        "_reader",
         "_server",
         "_stall_at",
-        "_target",
         "_timer",
-        "_trailer_bytes",
         "_transport",
-        "_upgrade",
         "_waiting",
         "_writable",
         "close_reason",
         "closed",
+        "current",
         "id",
         "peer",
         "recognised",
@@ -124,41 +92,21 @@ class HttpConnection(asyncio.Protocol):
     def __init__(self, server: HttpsServer, loop: asyncio.AbstractEventLoop) -> None:
         self._server = server
         self._loop = loop
-        self._parser: httptools.HttpRequestParser | None = None
         self._transport: TlsTransport | None = None
         self._lost: asyncio.Future[None] | None = None
         self._close_callbacks: list[Callable[[HttpConnection], None]] = []
         self._timer: asyncio.TimerHandle | None = None
         # Receiving
-        self._phase = _Phase.IDLE
+        self._reader = RequestReader(self, server, loop)
         self._deaf = False
-        self._last_seen = False
         self._half_closed = False
-        self._target = b""
-        self._headers: Headers = []
-        self._trailer_bytes = 0
-        self._head_fed = 0
-        self._read_size = 0
-        self._head: Head | None = None
-        self._read = b""  # what the parser is being fed, if it began with a request whose head may become known
-        self._known_heads = KnownHeads()
-        self._receiving: Exchange | None = None
-        self._upgrade: Upgrade | None = None
-        self._body_parts: list[bytes] | None = None
-        self._body_bytes = 0
-        self._body_framing = 0
-        self._body_limit = 0
-        self._body_mark = 0
-        self._body_held = False  # counted by address
         # Answering
-        self._current: _Item | None = None
+        self.current: _Item | None = None
         self._waiting: deque[_Item] = deque()
         self._writable: asyncio.Event | None = None
         # Deadlines, in loop time; infinity when they do not apply
-        self._check_at = _NEVER
-        self._idle_at = _NEVER
-        self._stall_at = _NEVER
-        self._body_ends_by = _NEVER
+        self._idle_at = NEVER
+        self._stall_at = NEVER
         # For the application
         self.id = uuid4().hex
         self.peer = ""
@@ -194,7 +142,7 @@ class HttpConnection(asyncio.Protocol):
         """
         if self.closed:
             return
-        current = self._current
+        current = self.current
         if isinstance(current, Exchange) and current.spared and current.body_complete and not current.started:
             self.close_reason = self.close_reason or reason
             self._deaf = True
@@ -213,13 +161,13 @@ class HttpConnection(asyncio.Protocol):
 
     def spare_answer(self) -> None:
         """The request being answered is an operator's: `close` lets it have its answer first."""
-        if isinstance(self._current, Exchange):
-            self._current.spared = True
+        if isinstance(self.current, Exchange):
+            self.current.spared = True
 
     def rest(self) -> None:
         """The request being answered waits for news and costs no work meanwhile: it is in flight no longer."""
-        if isinstance(self._current, Exchange):
-            self._uncount(self._current)
+        if isinstance(self.current, Exchange):
+            self._uncount(self.current)
 
     def add_close_callback(self, callback: Callable[[HttpConnection], None]) -> None:
         """Call `callback` once when the socket is closed, soon if it is already."""
@@ -232,7 +180,6 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = stream = cast(TlsTransport, transport)
-        self._parser = httptools.HttpRequestParser(self)
         self.peer = stream.peer_address
         self._server.connections.add(self)
         if _LOG.isEnabledFor(logging.DEBUG):
@@ -243,36 +190,30 @@ class HttpConnection(asyncio.Protocol):
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        if self._deaf or self._parser is None:
+        if self._deaf or self.closed:
             return
-        if self._phase is _Phase.IDLE:
-            if self._repeated(data):
+        reader = self._reader
+        if (
+            reader.phase is Phase.IDLE
+            and not self._waiting
+            and self._server.in_flight < self._server.limits.max_in_flight
+        ):
+            request = reader.known_request(data)
+            if request is not None:
+                self._server.counters.requests += 1
+                self._idle_at = NEVER
+                self.enqueue(request)
                 return
-            if not self._known_heads.full:
-                self._read = data
-        self._read_size = len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as stopped:
-            self._deaf = True  # the last request: it becomes an upgrade, or was served as a plain one
-            upgrade, self._upgrade = self._upgrade, None
-            if upgrade is not None:
-                self._enqueue(upgrade.with_rest(data[stopped.args[0] :]))
-        except httptools.HttpParserError as error:
-            self._parse_failed(error)
-        else:
-            self._read = b""
-            if self._phase is not _Phase.IDLE:
-                self._incomplete()
+        reader.feed(data)
 
     def eof_received(self) -> bool:
         self._deaf = True
-        current = self._current
+        current = self.current
         if (
             isinstance(current, Refusal)
             or current is None
-            or self._receiving is not None
-            or self._body_parts is not None
+            or self._reader.receiving is not None
+            or self._reader.body_parts is not None
         ):
             return False
         if isinstance(current, Exchange):
@@ -298,16 +239,16 @@ class HttpConnection(asyncio.Protocol):
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        self._stall_at = _NEVER
+        self._stall_at = NEVER
         if self._writable is not None:
             self._writable.set()
-        if self._current is None:
+        if self.current is None:
             self._next()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self._server.connections.discard(self)
-        self._let_go_of_body()
+        self._reader.close()
         if _LOG.isEnabledFor(logging.DEBUG):
             fields = {"connection": self.id, "peer": self.peer, "reason": self.close_reason}
             _LOG.debug("http.closed", extra={"fields": fields})
@@ -315,7 +256,6 @@ class HttpConnection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._detach()
-        self._parser = None
         self._transport = None
         if self._writable is not None:
             self._writable.set()
@@ -325,149 +265,6 @@ class HttpConnection(asyncio.Protocol):
         for callback in callbacks:
             callback(self)
 
-    # What the parser tells
-
-    def on_message_begin(self) -> None:
-        if self._last_seen:
-            raise _Enough
-        if len(self._waiting) >= self._server.limits.max_pipelined:
-            self._refuse_here(
-                Refusal(
-                    429,
-                    Code.RESOURCE_EXHAUSTED,
-                    f"more than {self._server.limits.max_pipelined} requests were sent ahead of their answers",
-                    retry_after=1,
-                )
-            )
-        self._phase = _Phase.HEAD
-        self._check_at = self._idle_at = _NEVER
-        self._target = b""
-        self._headers = []
-        self._head_fed = 0
-
-    def on_url(self, part: bytes) -> None:
-        self._target += part
-        if len(self._target) > self._server.limits.max_target_bytes:
-            allowed = self._server.limits.max_target_bytes
-            self._refuse_here(
-                Refusal(414, Code.INVALID_ARGUMENT, f"the request target is longer than the allowed {allowed} bytes")
-            )
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._phase is _Phase.HEAD:
-            self._headers.append((name.lower(), value.rstrip(b" \t")))
-            return
-        # Trailers: counted and forgotten. They must never join the headers that the application trusts.
-        self._trailer_bytes += len(name) + len(value) + 4
-        allowed = self._server.limits.max_trailer_bytes
-        if self._trailer_bytes > allowed:
-            self._refuse_here(_too_large_headers(f"more than {allowed} bytes of trailers"))
-
-    def on_headers_complete(self) -> None:
-        parser = self._parser
-        assert parser is not None
-        server = self._server
-        self._check_head_size()
-        head = read_head(
-            parser.get_method().decode("ascii"),
-            parser.get_http_version(),
-            self._target,
-            self._headers,
-            keep_alive=parser.should_keep_alive(),
-            upgrade=parser.should_upgrade(),
-        )
-        route = server.upgrades.get(head.path)
-        if route is not None:
-            self._upgrade = judge(route, head, upgrade=parser.should_upgrade())
-        limits = server.limits
-        length = head.length
-        self._body_limit = limits.body_overrides.get(head.path, limits.max_body_bytes)
-        if length is not None and length > self._body_limit:
-            self._refuse_here(_too_large_body(self._body_limit))
-        if self._overloaded():
-            self._refuse_here(_OVERLOADED)
-        self._phase = _Phase.BODY
-        self._check_at = _NEVER
-        self._head = head
-        self._body_bytes = self._body_framing = self._trailer_bytes = 0
-        server.counters.requests += 1
-        if self._upgrade is not None:
-            return
-        if head.path == "*" or (
-            server.hot is not None
-            and length is not None
-            and length <= limits.max_buffered_body
-            and server.hot.accepts(head.method, head.path)
-        ):
-            self._body_parts = []
-            if head.expects_continue and length and self._current is None:
-                self.write(CONTINUE)
-            return
-        self._receiving = exchange = Exchange(self, head)
-        if length == 0:
-            exchange.body_complete = True
-        self._enqueue(exchange)
-
-    def _overloaded(self) -> bool:
-        return self._server.in_flight >= self._server.limits.max_in_flight
-
-    def _check_head_size(self) -> None:
-        limits = self._server.limits
-        if len(self._headers) > limits.max_header_count:
-            self._refuse_here(_too_large_headers(f"more than {limits.max_header_count} headers"))
-        if self._head_fed + self._read_size <= limits.max_header_bytes:
-            return  # the usual head came whole in one small read
-        size = len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
-        if size > limits.max_header_bytes:
-            self._refuse_here(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
-
-    def on_body(self, part: bytes) -> None:
-        self._body_bytes += len(part)
-        if self._body_bytes > self._body_limit:
-            self._refuse_here(_too_large_body(self._body_limit))
-        if self._body_parts is not None:
-            self._body_parts.append(part)
-        elif self._receiving is not None and not self._receiving.complete:
-            self._receiving.feed(part)
-
-    def on_message_complete(self) -> None:
-        late = self._receiving
-        if late is not None and late is self._current and not (late.counted or late.started) and self._overloaded():
-            self._refuse_here(_OVERLOADED)
-        self._phase = _Phase.IDLE
-        self._check_at = _NEVER
-        self._let_go_of_body()
-        head, self._head = self._head, None
-        assert head is not None
-        self._last_seen = not head.keep_alive
-        if self._body_parts is not None:
-            parts, self._body_parts = self._body_parts, None
-            if self._read:
-                self._known_heads.keep(self._read, head)
-            self._enqueue(HotRequest(head, parts[0] if len(parts) == 1 else b"".join(parts)))
-        elif self._receiving is not None:
-            exchange, self._receiving = self._receiving, None
-            if exchange is self._current and not exchange.complete:
-                self._count(exchange)
-            exchange.end_body()
-            if exchange.complete and self._current is None:
-                self._become_idle()
-
-    # The same head again, without the parser
-
-    def _repeated(self, data: bytes) -> bool:
-        """Take a whole request whose head is known, unless there is any reason for a second look."""
-        server = self._server
-        if not self._known_heads or self._last_seen or self._waiting or server.in_flight >= server.limits.max_in_flight:
-            return False
-        request = self._known_heads.request_in(data)
-        if request is None:
-            return False
-        server.counters.requests += 1
-        self._idle_at = _NEVER
-        self._enqueue(request)
-        return True
-
     # What an exchange asks
 
     def write(self, data: bytes) -> None:
@@ -475,7 +272,7 @@ class HttpConnection(asyncio.Protocol):
             self._transport.write(data)
 
     async def drained(self) -> None:
-        while self._stall_at != _NEVER and self._writable is not None and not self.closed:
+        while self._stall_at != NEVER and self._writable is not None and not self.closed:
             await self._writable.wait()
 
     def date_line(self) -> bytes:
@@ -488,45 +285,65 @@ class HttpConnection(asyncio.Protocol):
         self._server.counters.app_failures += 1
 
     def body_consumed(self) -> None:
-        self._update_reading()
+        self.update_reading()
 
     def keeps_alive_after(self, exchange: Exchange) -> bool:
         """Whether the connection can go on after this response, judged when its head is written."""
         if self._server.draining:
             return False
-        if exchange is not self._receiving:
+        if exchange is not self._reader.receiving:
             return True
         # The body is not all here. A little is worth waiting for; a peer that waits for 100 Continue will not send it.
         length = exchange.head.length
-        return length is not None and length - self._body_bytes <= _DISCARDED_BODY and not exchange.expects_continue
+        return (
+            length is not None and length - self._reader.body_bytes <= _DISCARDED_BODY and not exchange.expects_continue
+        )
 
     def exchange_finished(self, exchange: Exchange, *, intact: bool) -> None:
-        if exchange is not self._current:
+        if exchange is not self.current:
             return
-        self._current = None
+        self.current = None
         if not intact:
             self.abort()  # no goodbye: the client must see that this was not the whole of it
             return
         self._after_answer(keep_alive=exchange.keep_alive)
 
+    # What its reader asks, and tells
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were sent ahead of their answers."""
+        return len(self._waiting)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the peer is listened to now."""
+        return self._transport is not None and self._transport.is_reading()
+
+    def request_begins(self) -> None:
+        self._idle_at = NEVER
+
+    def hear_no_more(self) -> None:
+        self._deaf = True
+
     # Answering
 
-    def _enqueue(self, item: _Item) -> None:
-        if self._current is None and not self._waiting and self._stall_at == _NEVER:
+    def enqueue(self, item: _Item) -> None:
+        if self.current is None and not self._waiting and self._stall_at == NEVER:
             self._begin(item)
         else:
             self._waiting.append(item)
-            self._update_reading()
+            self.update_reading()
 
     def _next(self) -> None:
         """Begin what waits, unless the peer must first take what it has been sent."""
-        if self._waiting and self._stall_at == _NEVER:
+        if self._waiting and self._stall_at == NEVER:
             self._begin(self._waiting.popleft())
-            self._update_reading()
+            self.update_reading()
 
     def _begin(self, item: _Item) -> None:
-        self._current = item
-        self._idle_at = _NEVER
+        self.current = item
+        self._idle_at = NEVER
         match item:
             case Exchange():
                 self._start_task(item)
@@ -561,9 +378,9 @@ class HttpConnection(asyncio.Protocol):
         server.track(task)
         task.add_done_callback(partial(self._answered, exchange))
         if exchange.body_complete:
-            self._count(exchange)
+            self.count(exchange)
 
-    def _count(self, exchange: Exchange) -> None:
+    def count(self, exchange: Exchange) -> None:
         if not exchange.counted:
             exchange.counted = True
             self._server.in_flight += 1
@@ -621,9 +438,9 @@ class HttpConnection(asyncio.Protocol):
         self._send_answer(request, Refusal(500, Code.INTERNAL, "internal error").answer(correlation_id))
 
     def _send_answer(self, request: HotRequest, answer: Answer) -> None:
-        if self._current is not request or self._transport is None:
+        if self.current is not request or self._transport is None:
             return  # the peer is gone; what the handler did stays done
-        self._current = None
+        self.current = None
         head = request.head
         keep_alive = head.keep_alive and not self._half_closed and not self._server.draining
         head_only = head.method == "HEAD"
@@ -636,31 +453,31 @@ class HttpConnection(asyncio.Protocol):
         if not keep_alive:
             self._deaf = True
             self._waiting.clear()
-            if self._phase is _Phase.IDLE:
+            if self._reader.phase is Phase.IDLE:
                 self._transport.close()
             else:
                 self._transport.close_draining()
             return
         if self._waiting:
             self._next()
-        elif self._phase is _Phase.IDLE:
-            self._become_idle()
+        elif self._reader.phase is Phase.IDLE:
+            self.become_idle()
         else:
-            self._update_reading()
+            self.update_reading()
 
-    def _become_idle(self) -> None:
+    def become_idle(self) -> None:
         if self._server.draining:
             self._end("drain")
             return
         limits = self._server.limits
         allowed = limits.keep_alive_timeout
         self._idle_at = self._loop.time() + (allowed if self.recognised else min(allowed, limits.anonymous_keep_alive))
-        self._update_reading()
+        self.update_reading()
 
-    def _update_reading(self) -> None:
+    def update_reading(self) -> None:
         if self._transport is None:
             return
-        receiving = self._receiving
+        receiving = self._reader.receiving
         backlog = len(receiving.body) if receiving is not None and not receiving.complete else 0
         if self._waiting or backlog > self._server.limits.max_buffered_body:
             self._transport.pause_reading()
@@ -689,97 +506,34 @@ class HttpConnection(asyncio.Protocol):
 
     # Refusing
 
-    def _refuse_here(self, refusal: Refusal) -> NoReturn:
-        """From inside a parser callback: stop the parser; it hands the exception on and `data_received` answers."""
-        raise Refused(refusal)
-
-    def _parse_failed(self, error: httptools.HttpParserError) -> None:
-        if self._last_seen:
-            self._deaf = True
-            return
-        cause = error.__context__
-        if isinstance(cause, Refused):
-            self._refuse(cause.refusal)
-        elif isinstance(error, httptools.HttpParserCallbackError):
-            raise error  # our bug, not the peer's
-        else:
-            # llhttp's reasons are constants and quote no input.
-            self._refuse(Refusal(400, Code.INVALID_ARGUMENT, f"not a valid HTTP/1.1 request: {error}"))
-
-    def _refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: Refusal) -> None:
         self._deaf = True
-        self._check_at = _NEVER
-        self._let_go_of_body()
-        self._body_parts = None
-        exchange, self._receiving = self._receiving, None
+        exchange = self._reader.give_up()
         if exchange is None:
-            self._enqueue(refusal)
+            self.enqueue(refusal)
             return
         # The request being received is already with the application, or waits to be: always the newest.
         if self._waiting:
             self._waiting[-1] = refusal
             return
         exchange.detach()
-        if exchange.started or exchange is not self._current:
+        if exchange.started or exchange is not self.current:
             self._server.counters.refused(refusal.status)
             self._cut()
             return
-        self._current = None
-        self._enqueue(refusal)
+        self.current = None
+        self.enqueue(refusal)
 
     def _cut(self) -> None:
-        self._current = None
+        self.current = None
         if self._transport is not None:
             self._transport.close_draining()
-
-    def _incomplete(self) -> None:
-        """A read ended inside a request: count what no callback has seen, and start its clocks."""
-        limits = self._server.limits
-        first_read = self._check_at == _NEVER
-        if self._phase is _Phase.HEAD:
-            if first_read:
-                self._check_at = self._loop.time() + limits.header_timeout
-                return
-            # A name or value that is not finished has had no callback yet, so what was fed is counted instead, from
-            # the second read on: the first may have had other requests in it.
-            self._head_fed += self._read_size
-            if self._head_fed > limits.max_header_bytes:
-                self._refuse(_too_large_headers(f"more than {limits.max_header_bytes} bytes of headers"))
-            return
-        if first_read:
-            now = self._loop.time()
-            self._body_mark = self._body_bytes
-            self._body_ends_by = now + limits.anonymous_body_timeout
-            self._check_at = now + limits.body_grace
-            if not self.recognised:
-                self._hold_body()
-        elif self._head is not None and self._head.length is None:
-            self._body_framing += self._read_size
-            if self._body_framing - self._body_bytes * 9 > limits.max_chunk_overhead:
-                allowed = limits.max_chunk_overhead
-                message = f"chunk sizes and extensions take more than {allowed} bytes beyond the content"
-                self._refuse(Refusal(400, Code.INVALID_ARGUMENT, message))
-                return
-        self._update_reading()
-
-    def _hold_body(self) -> None:
-        """Count a body that did not come in one piece, on an anonymous connection."""
-        self._body_held = self._server.bodies.enter(self.peer)
-        if not self._body_held:
-            most = self._server.limits.bodies_per_address
-            message = f"this address has not finished the {most} requests that it may send at once"
-            self._refuse(Refusal(429, Code.RESOURCE_EXHAUSTED, message, retry_after=1))
-
-    def _let_go_of_body(self) -> None:
-        if self._body_held:
-            self._body_held = False
-            self._server.bodies.leave(self.peer)
 
     # Ending
 
     def drain(self) -> None:
         """Close as soon as nothing is being answered; a request half received is given up."""
-        if self._current is None and not self._waiting and self._phase is not _Phase.BODY:
+        if self.current is None and not self._waiting and self._reader.phase is not Phase.BODY:
             self._end("drain")
 
     def _end(self, reason: str) -> None:
@@ -791,10 +545,10 @@ class HttpConnection(asyncio.Protocol):
             self._transport.close()
 
     def _detach(self) -> None:
-        current, self._current = self._current, None
+        current, self.current = self.current, None
         if isinstance(current, Exchange):
             current.detach()
-        self._receiving = None
+        self._reader.receiving = None
         self._waiting.clear()
 
     # Time
@@ -804,13 +558,12 @@ class HttpConnection(asyncio.Protocol):
         set meanwhile is met without touching the timer."""
         if self._timer is None and not self.closed:
             now = self._loop.time()
-            earliest = min(self._check_at, self._idle_at, self._stall_at, now + self._server.shortest_timeout)
+            earliest = min(self._reader.check_at, self._idle_at, self._stall_at, now + self._server.shortest_timeout)
             self._timer = self._loop.call_at(earliest, self._look_at_clock)
 
     def _look_at_clock(self) -> None:
         self._timer = None
         now = self._loop.time()
-        limits = self._server.limits
         if now >= self._stall_at:
             self._server.counters.stalled += 1
             self.close_reason = self.close_reason or "stalled"
@@ -820,43 +573,10 @@ class HttpConnection(asyncio.Protocol):
             self._server.counters.idle_closed += not self._half_closed
             self._end("half-closed" if self._half_closed else "idle")
             return
-        if now >= self._check_at:
-            self._check_progress(now, limits.body_grace, limits.min_body_rate)
+        if now >= self._reader.check_at:
+            self._reader.check_progress(now)
         self._arm()
-
-    def _check_progress(self, now: float, window: float, rate: int) -> None:
-        if self._phase is _Phase.HEAD:
-            allowed = self._server.limits.header_timeout
-            message = f"the request's headers were not complete within {allowed:g} seconds"
-            self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
-            return
-        receiving = self._receiving
-        excused = self._transport is None or not self._transport.is_reading()
-        excused = excused or (receiving is not None and receiving.expects_continue)
-        if not excused and not self.recognised and now >= self._body_ends_by:
-            allowed = self._server.limits.anonymous_body_timeout
-            message = f"the request's body was not complete within {allowed:g} seconds"
-            self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
-            return
-        if not excused and self._body_bytes - self._body_mark < rate * window:
-            message = f"the request's body came slower than {rate} bytes per second"
-            self._refuse(Refusal(408, Code.INVALID_ARGUMENT, message))
-            return
-        self._body_mark = self._body_bytes
-        self._check_at = now + window
-
-
-_NEVER: Final = float("inf")
-_OVERLOADED: Final = Refusal(503, Code.UNAVAILABLE, "the server is answering as many requests as it can", retry_after=1)
 
 
 def _result(done: asyncio.Future[Answer]) -> Answer:
     return done.result()
-
-
-def _too_large_headers(what: str) -> Refusal:
-    return Refusal(431, Code.INVALID_ARGUMENT, f"{what} were sent; that is the limit")
-
-
-def _too_large_body(allowed: int) -> Refusal:
-    return Refusal(413, Code.INVALID_ARGUMENT, f"the request's body is larger than the allowed {allowed} bytes")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from adapters.http.limits import HttpLimits
 from tests.http_api import BASE, Https, api, https  # noqa: F401  # fixtures
-from tests.integration.test_http_server import App, Client, Hot, Site, get, post, serving
+from tests.integration.test_http_server import App, Client, Hot, Site, eventually, get, post, serving
 from tests.tls_peers import client_context, connect
 
 LEARNT = post("/hot", b"12345")
@@ -29,7 +31,7 @@ async def accustomed(site: Site, times: int = 3) -> Client:
         client.send(LEARNT)
         assert (await client.response()).body == b"hot 12345"
     (connection,) = site.server.connections
-    assert connection._known_heads, "the shorter way is not taken"
+    assert connection._reader.known_heads, "the shorter way is not taken"
     return client
 
 
@@ -50,7 +52,7 @@ async def test_bodies_of_many_lengths_are_told_apart(site: Site) -> None:
             client.send(post("/hot", body))
             assert (await client.response()).body == b"hot " + body
     (connection,) = site.server.connections
-    assert len(connection._known_heads) == 4  # bounded, whatever the device does
+    assert len(connection._reader.known_heads) == 4  # bounded, whatever the device does
 
 
 @pytest.mark.parametrize("cut", [1, 10, len(LEARNT) - 6, len(LEARNT) - 5, len(LEARNT) - 1])
@@ -100,7 +102,7 @@ async def test_heads_that_end_a_connection_or_wait_are_not_learnt(site: Site) ->
         client.send(post("/hot", b"12345", header))
         async with asyncio.timeout(5):
             assert b"hot 12345" in await client.reader.readuntil(b"hot 12345")
-        assert not any(connection._known_heads for connection in site.server.connections)
+        assert not any(connection._reader.known_heads for connection in site.server.connections)
         client.writer.transport.abort()
 
 
@@ -154,3 +156,16 @@ async def test_a_repeated_request_does_not_use_a_session_that_has_ended(https: H
     assert resolver.counters.admitted == 2
     assert session not in sessions.all()
     writer.transport.abort()
+
+
+async def test_a_closed_connection_is_freed_without_a_look_for_cycles(site: Site) -> None:
+    client = await accustomed(site)
+    known = [weakref.ref(connection) for connection in site.server.connections]
+    assert len(known) == 1
+    gc.collect()
+    gc.disable()
+    try:
+        client.writer.close()
+        await eventually(lambda: known[0]() is None)
+    finally:
+        gc.enable()

@@ -60,9 +60,13 @@ async def over_websocket(account: Account) -> Wire:
     reader, writer = await asyncio.open_connection(
         "127.0.0.1", account.port, ssl=account.context, server_hostname="localhost"
     )
-    writer.write(opening())
-    head = await response_head(reader)
-    assert head.startswith(b"HTTP/1.1 101 "), head
+    try:
+        writer.write(opening())
+        head = await response_head(reader)
+        assert head.startswith(b"HTTP/1.1 101 "), head
+    except BaseException:  # also a test that ends meanwhile: nobody else would close it
+        writer.transport.abort()
+        raise
     stream = FrameStream(reader, writer)
     return Wire(cast(asyncio.StreamReader, stream), cast(asyncio.StreamWriter, stream), Version.V5)
 
@@ -126,8 +130,8 @@ class GoodDevice:
 
     async def run(self) -> None:
         wire = await self.open(self.account)
-        await wire.connect(self.account, "good", clean_start=True)
         try:
+            await wire.connect(self.account, "good", clean_start=True)
             while True:
                 began = time.perf_counter()
                 async with asyncio.timeout(STARVED):
@@ -152,10 +156,12 @@ class GoodDevice:
             try:
                 async with asyncio.timeout(STARVED):
                     wire = await self.open(self.account)
-                    answer = await wire.connect(self.account, f"new-{number}", clean_start=True)
-                    wire.send(Disconnect())
-                    await wire.drain()
-                    wire.drop()
+                    try:
+                        answer = await wire.connect(self.account, f"new-{number}", clean_start=True)
+                        wire.send(Disconnect())
+                        await wire.drain()
+                    finally:
+                        wire.drop()
                 if answer.reason.failed:
                     self.errors.append(f"newcomer: {answer}")
             except CONNECTION_FAULTS as error:

@@ -23,8 +23,10 @@ from registry.core import Registry
 from registry.model import Transport
 from registry.observation import Limit, UplinkOutcome
 
+MQTT_PRESENT = frozenset({"held"})
+"""Of what MQTT counts, how many there are now: it falls again, and a counter that falls looks like a restart."""
 COAP_PRESENT = frozenset({"peers", "serving", "observations"})
-"""Of what CoAP counts, how many there are now."""
+"""The same of CoAP."""
 
 
 class _Uplinks(Protocol):
@@ -58,7 +60,7 @@ def watch_mqtt(metrics: Metrics, server: MqttServer) -> None:
     """All that the MQTT server counts."""
     counters = server.counters
     metrics.watch_uplinks(Transport.MQTT, lambda: _uplinks(counters))
-    metrics.watch_mqtt(counters.as_dict)
+    metrics.watch_mqtt(counters.as_dict, MQTT_PRESENT)
     metrics.watch_limits(lambda: _mqtt_limits_hit(server))
 
 

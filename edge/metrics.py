@@ -197,26 +197,25 @@ class Metrics:
 
         self._registry.register(_Read(collect))
 
-    def watch_mqtt(self, read: Callable[[], Mapping[str, int]]) -> None:
-        """Show what the MQTT server counts: refusals, takeovers, time-outs and alike, by the counters' names."""
-
-        def collect() -> Iterable[Metric]:
-            family = CounterMetricFamily("gatehouse_mqtt", "What happened to MQTT connections", labels=["what"])
-            for what, count in read().items():
-                family.add_metric([what], count)
-            yield family
-
-        self._registry.register(_Read(collect))
+    def watch_mqtt(self, read: Callable[[], Mapping[str, int]], present: frozenset[str]) -> None:
+        """Show what the MQTT server counts, by the counters' names; `present` are those that say how many there are."""
+        self._watch_counts(
+            "gatehouse_mqtt", "What happened to MQTT connections", "What MQTT has in hand", read, present
+        )
 
     def watch_coap(self, read: Callable[[], Mapping[str, int]], present: frozenset[str]) -> None:
         """Show what the CoAP server counts, by the counters' names; `present` are those that say how many there are."""
+        self._watch_counts("gatehouse_coap", "What happened to CoAP messages", "What CoAP has in hand", read, present)
 
+    def _watch_counts(
+        self, name: str, happened: str, now: str, read: Callable[[], Mapping[str, int]], present: frozenset[str]
+    ) -> None:
         def collect() -> Iterable[Metric]:
-            happened = CounterMetricFamily("gatehouse_coap", "What happened to CoAP messages", labels=["what"])
-            now = GaugeMetricFamily("gatehouse_coap_now", "What CoAP has in hand", labels=["what"])
+            counted = CounterMetricFamily(name, happened, labels=["what"])
+            there = GaugeMetricFamily(f"{name}_now", now, labels=["what"])
             for what, count in read().items():
-                (now if what in present else happened).add_metric([what], count)
-            yield from (happened, now)
+                (there if what in present else counted).add_metric([what], count)
+            yield from (counted, there)
 
         self._registry.register(_Read(collect))
 

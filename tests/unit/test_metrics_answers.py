@@ -47,3 +47,12 @@ def test_nothing_that_a_peer_chose_becomes_a_label() -> None:
     assert len(counted) <= MAX_ROUTES + 2
     assert {(method, status) for method, _, status in counted} == {("other", "other"), ("GET", "404")}
     assert sum(counted.values()) == 3 * MAX_ROUTES + 1
+
+
+def test_what_is_there_now_is_no_counter() -> None:
+    metrics = Metrics()
+    metrics.watch_mqtt(lambda: {"stored": 7, "held": 2}, frozenset({"held"}))
+    page = metrics.render().decode()
+    assert 'gatehouse_mqtt_total{what="stored"} 7.0' in page
+    assert 'gatehouse_mqtt_now{what="held"} 2.0' in page
+    assert 'gatehouse_mqtt_total{what="held"}' not in page

@@ -4,7 +4,8 @@
     adapter ──► ───────────────► Messaging ──┬──► message_routes.py    who wants what, in versions
     (Router) ◄──────────────────             ├──► stored_sessions.py   who serves a session; wills; fencing
                 committed, queued, arrived   ├──► delivery_progress.py how far deliveries have come
-                                             └──► message_inbox.py     what other nodes have for us
+                                             ├──► message_inbox.py     what other nodes have for us
+                                             └──► message_hints.py     that they have something
 
 The adapter matches filters and runs the protocol; this package stores, and tells it what to send. What is promised:
 
@@ -30,7 +31,6 @@ expiries and will delays are told by whichever node looks.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,6 +44,7 @@ from registry.events import Event, EventKind
 from registry.feed import Seen
 from registry.full_queues import Standstill
 from registry.grant_table import GrantTable
+from registry.message_hints import MessageHints
 from registry.message_inbox import MessageInbox
 from registry.message_routes import KEEP_REMOVED_SECONDS, MessageRoutes
 from registry.messaging_limits import DEFAULT_LIMITS, MessagingLimits
@@ -69,26 +70,20 @@ from registry.model import DeviceId, NodeId, ProfileId, TenantId
 from registry.publishing import Publishing
 from registry.storage import messaging as storage
 from registry.storage import messaging_routes, messaging_sessions
-from registry.storage.database import Database, is_away
+from registry.storage.database import Database
 from registry.stored_sessions import StoredSessions
 
 log = logging.getLogger(__name__)
 
-CHANNEL = "gatehouse_messaging"
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 15.0
 """Several beats: a pause of the database's or the node's must not look like a death."""
 _COUNT_SECONDS = 5.0
 """How old the figure may be by which a tenant's queues are bounded."""
 _UPKEEP_SECONDS = 30.0
-_HINT_SECONDS = 0.002
-"""Hints within this time become one NOTIFY, which takes a lock that all notifying commits share."""
 _WILLS = 100
 _WILL_RETRY_SECONDS = 10.0
 _CHUNK = 1_000
-_EVERY_NODE = "*"
-_PAYLOAD_BYTES = 7_000
-"""PostgreSQL takes 8,000 in a NOTIFY."""
 
 
 class Messaging:
@@ -112,7 +107,6 @@ class Messaging:
         self._limits = limits
         self._observe = observe
         self._incarnation = uuid4()
-        self._hinted: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._dropped: set[DeviceId] = set()
         self._swept: UUID = UUID(int=0)
@@ -127,14 +121,17 @@ class Messaging:
         """Join. What an earlier process of this node held is let go. Before anything else. Raises Unavailable."""
         self._router = router
         self._inbox = MessageInbox(self._database, self.node_id, router)
-        self._routes = MessageRoutes(self._database, self.node_id, router, self._hint_all)
+        self._hints = hints = MessageHints(
+            self._database, self.node_id, self._incarnation, wake=self._inbox.wake, heard=self._met_another
+        )
+        self._routes = MessageRoutes(self._database, self.node_id, router, hints.everybody)
         self._sessions = StoredSessions(
             self._database,
             self.node_id,
             clock=self._clock,
             limits=self._limits,
-            hint=self._hint,
-            hint_all=self._hint_all,
+            hint=hints.these,
+            hint_all=hints.everybody,
         )
         self._progress = DeliveryProgress(self._database, self.node_id, freed=self._inbox.freed)
         self._publishing = Publishing(
@@ -145,7 +142,7 @@ class Messaging:
             clock=self._clock,
             random=self._random,
             limits=self._limits,
-            hint=self._hint,
+            hint=hints.these,
             held_back=self._inbox.held_back,
             overdue=self._overdue,
             observe=self._observe,
@@ -155,7 +152,7 @@ class Messaging:
         )
         await self._clear_up_after(self.node_id)
         await self._join()
-        self._hint_all()  # who was alone is not any more
+        hints.everybody()  # who was alone is not any more
         async with self._database.connection() as connection:
             self._alone = not await storage.has_others(connection, self.node_id)
             await messaging_sessions.take_word(connection, self.node_id)  # it was for the earlier process
@@ -164,7 +161,7 @@ class Messaging:
         """Take what other nodes bring, and do what the clock asks for; survives the loss of the database. Cancel it
         to stop, then call `stop`."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._listen(), name="messaging listener")
+            group.create_task(self._hints.run(), name="messaging listener")
             group.create_task(self._follow(), name="messaging inbox")
             group.create_task(self._keep_up(), name="messaging upkeep")
 
@@ -182,11 +179,13 @@ class Messaging:
                 await storage.leave(connection, self.node_id, self._incarnation)
         except Unavailable:
             log.info("messaging.left_unannounced", extra={"fields": {"node": self.node_id}})
+        await self._hints.settled()
 
     async def settled(self) -> None:
         """Wait for what events have set off."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+        await self._hints.settled()
 
     @property
     def queued(self) -> int:
@@ -422,7 +421,7 @@ class Messaging:
                 rows = await storage.rows_of_topics(connection, session_id, topics)
                 await messaging_sessions.remove_rows(connection, rows)
         if filters:
-            self._hint_all()
+            self._hints.everybody()
 
     # The feed's follower ------------------------------------------------------------------------------------------
 
@@ -473,65 +472,8 @@ class Messaging:
         except Unavailable:
             pass  # the next publication finds it full again
 
-    # Hints --------------------------------------------------------------------------------------------------------
-
-    def _hint_all(self) -> None:
-        self._notify_soon({_EVERY_NODE})
-
-    def _hint(self, nodes: set[NodeId]) -> None:
-        if self.node_id in nodes:
-            self._inbox.wake()
-        self._notify_soon({node for node in nodes if node != self.node_id})
-
-    def _notify_soon(self, names: set[str]) -> None:
-        if not names:
-            return
-        before, self._hinted = self._hinted, self._hinted | names
-        if not before:
-            self._spawn(self._notify(), "messaging hint")
-
-    async def _notify(self) -> None:
-        await asyncio.sleep(_HINT_SECONDS)
-        names, self._hinted = sorted(self._hinted), set()
-        payload = json.dumps([str(self._incarnation), *names])
-        if len(payload) > _PAYLOAD_BYTES:
-            payload = json.dumps([str(self._incarnation), _EVERY_NODE])
-        try:
-            async with self._database.connection() as connection:
-                await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, payload)
-        except Unavailable:
-            log.info("messaging.hint_lost", extra={"fields": {"node": self.node_id}})
-
-    def _on_notify(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
-        try:
-            sender, *names = json.loads(str(payload))
-        except ValueError:
-            return
-        if sender == str(self._incarnation):
-            return
+    def _met_another(self) -> None:
         self._alone = False
-        if self.node_id in names or _EVERY_NODE in names:
-            self._inbox.wake()
-
-    async def _listen(self) -> None:
-        while True:
-            try:
-                connection = await self._database.dedicated()
-            except Unavailable:
-                await asyncio.sleep(1.0)
-                continue
-            closed = asyncio.Event()
-            try:
-                connection.add_termination_listener(lambda *_, closed=closed: closed.set())
-                await connection.add_listener(CHANNEL, self._on_notify)
-                self._inbox.wake()
-                await closed.wait()
-            except Exception as error:
-                if not is_away(error):
-                    raise
-            finally:
-                connection.terminate()
-            await asyncio.sleep(0.1)
 
     # Loops --------------------------------------------------------------------------------------------------------
 
@@ -655,7 +597,7 @@ class Messaging:
                 await messaging_routes.remove_node(connection, node_id)
                 await storage.remove_node(connection, node_id)
             break
-        self._hint_all()
+        self._hints.everybody()
 
     async def _join(self) -> None:
         async with self._database.transaction() as connection:

@@ -194,6 +194,7 @@ class Connection:
         "session",
         "state",
         "subscriptions_full",
+        "timer_stands",
         "topics_too_long",
         "turn",
         "version",
@@ -211,6 +212,8 @@ class Connection:
         """Packets that may still be taken in this turn of the shell's loop; None for any number."""
         self.subscriptions_full = 0
         """Filters that were refused because the session had no room, since the shell looked and set it to 0."""
+        self.timer_stands = False
+        """Whether what `next_timer` said last is early enough still: its times have only moved away since."""
         self.topics_too_long = 0
         """Names and filters above a limit of ours, likewise."""
         self._events: list[Event] = []
@@ -282,6 +285,13 @@ class Connection:
         self._finish(now, Cause.LOST, ReasonCode.UNSPECIFIED_ERROR, "the network closed", publish_will=True)
         self._discard_output()
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `next_event` has one that needs no packet."""
+        if self._events:
+            return True
+        return self.state is State.OPEN and self.session is not None and bool(self.session.events)
+
     def next_event(self, now: float) -> Event | None:
         """The next thing that the server has to know, taking packets from the buffer as far as it keeps up."""
         self._now = now
@@ -307,6 +317,7 @@ class Connection:
         """The network takes no more for now."""
         if self._stalled_since is None:
             self._stalled_since = now
+            self.timer_stands = False
 
     @property
     def stalled_since(self) -> float | None:
@@ -327,8 +338,8 @@ class Connection:
 
     def next_timer(self) -> float | None:
         """When `tick` is to be called, None for never. May be early; it never is late."""
-        due = self._due()
-        return min((at for at, _, _ in due), default=None)
+        self.timer_stands = self.state is State.OPEN
+        return min([at for at, _, _ in self._due()], default=None)
 
     def tick(self, now: float) -> None:
         """End the connection if one of its times is over."""
@@ -365,6 +376,7 @@ class Connection:
         self.session = session
         self.client_id = client_id or connect.client_id
         self.state = State.OPEN
+        self.timer_stands = False
         self._framer.max_packet = self.limits.packet_bytes
         self._heard_at = now
         expiry = self.granted_expiry(connect)
@@ -512,6 +524,9 @@ class Connection:
         )
 
     def _take_packet(self, now: float) -> bool:
+        if self._framer.buffered == 0:
+            self._partial_since = None
+            return False
         if not self._keeps_up or self.behind:
             return False
         first = 0
@@ -519,10 +534,9 @@ class Connection:
         try:
             frame = self._framer.next()
             if frame is None:
-                if self._framer.buffered == 0:
-                    self._partial_since = None
-                elif self._partial_since is None:
+                if self._partial_since is None:
                     self._partial_since = now
+                    self.timer_stands = False
                 return False
             self._partial_since = None
             if self.turn is not None:

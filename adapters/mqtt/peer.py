@@ -250,19 +250,16 @@ class Peer(asyncio.Protocol):
             machine.turn = machine.limits.receive_maximum
         else:
             machine.turn = machine.limits.packets_per_turn if now >= self._held_until else 0
-        moved = True
-        while moved:
-            moved = False
+        while True:
             while (event := machine.next_event(now)) is not None:
                 self._handle(event, now)
-                moved = True
             if server.draining and not machine.busy and not machine.closed:
                 machine.disconnect(ReasonCode.SERVER_SHUTTING_DOWN, now, publish_will=False)
-                moved = True
             data = machine.data_to_send(now)
             if data and self.transport is not None:
                 self.transport.write(data)
-                moved = True
+            elif not machine.has_events:
+                break
         server.counters.subscriptions_full += machine.subscriptions_full
         server.counters.topics_too_long += machine.topics_too_long
         machine.subscriptions_full = machine.topics_too_long = 0
@@ -323,6 +320,8 @@ class Peer(asyncio.Protocol):
     # Time and failure -----------------------------------------------------------------------------------------------
 
     def _arm(self, now: float) -> None:
+        if self._timer is not None and self.machine.timer_stands:
+            return
         due = self.machine.next_timer()
         if due is None or (self._timer is not None and self._timer_at <= due):
             return

@@ -235,6 +235,8 @@ class StoredSessions:
                     data=data,
                 ),
             )
+        if session.node_id is not None:
+            self._hint({session.node_id})
         self._hint_all()
         return True
 

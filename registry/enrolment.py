@@ -11,6 +11,11 @@ A lost answer: as long as the successor has not been used, asking again with the
 again; asking with yet another key replaces it, and the one that nobody used is revoked. So one line never has more than
 two generations that are valid, and a device can always get back in with what it has.
 
+One that goes back to the old certificate after it has used the successor (restored from an image, or the new key was
+lost in a power cut) gets another successor, and keeps what it asks with: ending it would cut the very connection on
+which the answer goes out. The successor that was used ends when the new one is used, because until then nobody knows
+which of the two its device still has.
+
 A certificate in its grace (expired a few days ago) has the same right and leaves nothing behind. What was revoked, or
 ended by a rotation, or belongs to a device that is inactive or deleted has none, judged under the device's lock, so
 that a revocation that commits first wins. A foreign certificate is renewed by its own CA.
@@ -149,11 +154,12 @@ class Enrolment:
             if repeated is not None:
                 return repeated  # the same request was sent twice, and the other one was first
             living = await credentials.living(connection, right.tenant_id, [right.device_id], now)
-            plan = plan_rotation(_line(living, present), now, self._overlap)
+            plan = _plan(_line(living, present), present, now, self._overlap)
             issued = await self._issuer.issue(connection, device, prepared, now=now)
             for each, end in plan.lingering:
+                stepped_back_from = each.created_at > present.created_at
                 await credentials.supersede(
-                    connection, right.tenant_id, each.credential_id, issued.credential_id, end, False
+                    connection, right.tenant_id, each.credential_id, issued.credential_id, end, stepped_back_from
                 )
             if _expired(present, now):
                 await credentials.supersede(
@@ -213,7 +219,17 @@ def _line(living: Sequence[Credential], present: Credential) -> Sequence[Credent
         for each in living
         if each.credential_id in (present.credential_id, present.superseded_by)
         or each.superseded_by == present.credential_id
+        or (each.superseded_by is not None and each.superseded_by == present.superseded_by)
     ]
+
+
+def _plan(line: Sequence[Credential], present: Credential, now: datetime, overlap: timedelta) -> Rotation:
+    """What becomes of the line. Where old ones may linger at all, the one that asks keeps its end."""
+    plan = plan_rotation(line, now, overlap)
+    if not overlap or present.credential_id not in [each.credential_id for each in plan.ending]:
+        return plan
+    ending = [each for each in plan.ending if each.credential_id != present.credential_id]
+    return replace(plan, ending=ending, lingering=[(present, present.expires_at), *plan.lingering])
 
 
 def _told(plan: Rotation, present: Credential) -> Rotation:

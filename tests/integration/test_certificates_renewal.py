@@ -129,6 +129,25 @@ async def test_a_line_of_renewals_keeps_two_generations(services: CertificateSer
     assert [each.credential_id for each in services.doors.ended] == [each.credential_id for each in line[:2]]
 
 
+async def test_a_device_that_went_back_to_its_old_certificate_renews_it_again(
+    services: CertificateServices, tenant_id: TenantId
+) -> None:
+    done = await services.provisioned(tenant_id)
+    services.clock.advance(hours=2)
+    lost = await services.enrolment.renew(right(done), DeviceKey.new().renewal(done.issued), CONTACT)
+    await used(services, done, lost)
+    request = DeviceKey.new().renewal(done.issued)
+    fresh = await services.enrolment.renew(right(done), request, CONTACT)
+    assert services.doors.ended == []  # the connection that asks is not cut before its answer
+    assert await services.enrolment.renew(right(done), request, CONTACT) == fresh
+    assert [await admitted(services, each) for each in (done.issued, lost, fresh)] == [True, True, True]
+
+    again = await services.enrolment.renew(right(done), DeviceKey.new().renewal(done.issued), CONTACT)
+    assert [await admitted(services, each) for each in (done.issued, lost, fresh, again)] == [True, True, False, True]
+    await used(services, done, again)
+    assert [await admitted(services, each) for each in (done.issued, lost, fresh, again)] == [True, False, False, True]
+
+
 async def test_other_credentials_of_the_device_are_not_touched(
     services: CertificateServices, tenant_id: TenantId
 ) -> None:

@@ -11,8 +11,11 @@ one and two lifetimes, and whoever collects cookies has to be at those addresses
 
 from __future__ import annotations
 
-import hmac
 from typing import Final
+
+from cryptography.hazmat.primitives.constant_time import bytes_eq
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from registry.secrets import RandomBytes
 
@@ -30,8 +33,8 @@ class CookieJar:
         self._random = random
         self._changed = now
         self._generation = 0
-        self._current = random(_SECRET)
-        self._previous = random(_SECRET)
+        self._current = self._secret()
+        self._previous = self._secret()
 
     def bake(self, address: bytes, parameters: bytes, now: float) -> bytes:
         """The cookie of a peer at `address` (host and port, in any one encoding) for a ClientHello's parameters."""
@@ -44,17 +47,22 @@ class CookieJar:
             return False
         self._rotate(now)
         secret = self._current if cookie[0] == self._generation else self._previous
-        return hmac.compare_digest(cookie[1:], _mac(secret, address, parameters))
+        return bytes_eq(cookie[1:], _mac(secret, address, parameters))
 
     def _rotate(self, now: float) -> None:
         age = now - self._changed
         if age < self._lifetime:
             return
-        self._previous = self._current if age < 2 * self._lifetime else self._random(_SECRET)
-        self._current = self._random(_SECRET)
+        self._previous = self._current if age < 2 * self._lifetime else self._secret()
+        self._current = self._secret()
         self._generation = (self._generation + 1) % 256
         self._changed = now
 
+    def _secret(self) -> HMAC:
+        return HMAC(self._random(_SECRET), SHA256())
 
-def _mac(secret: bytes, address: bytes, parameters: bytes) -> bytes:
-    return hmac.digest(secret, len(address).to_bytes(1, "big") + address + parameters, "sha256")[:_MAC]
+
+def _mac(secret: HMAC, address: bytes, parameters: bytes) -> bytes:
+    mac = secret.copy()
+    mac.update(len(address).to_bytes(1, "big") + address + parameters)
+    return mac.finalize()[:_MAC]

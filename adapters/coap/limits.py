@@ -45,6 +45,8 @@ class CoapLimits:
     # and a slow path 100 s (EXCHANGE_LIFETIME, RFC 7252 §4.8.2); what it can hold meanwhile is bounded above
     snapshot_bytes_per_peer: int = 131_072
     snapshot_bytes: int = 33_554_432
+    fetch_patience: float = 15.0  # for a body's next block, before a newer state takes its place: two losses in a row
+    fetches_per_peer: int = 32  # bodies in blocks that are waited for; of more the oldest is not
     snapshot_timeout: float = 247.0  # likewise, since the last block was asked for
 
     def __post_init__(self) -> None:

@@ -15,6 +15,9 @@ A request lives as an exchange from its datagram to its response:
 The shell's duties, after every call: take `next_event` until None, send what `datagrams_to_send` gives, and call `tick`
 at `next_timer`. For each RequestReceived it owes one `respond`.
 
+A newer state waits while the blocks of the one before are being fetched: they are asked for by its path alone (RFC 7959
+§2.6), so that afterwards they would be blocks of the newer one. Who asks for no more is not waited for long.
+
 A path that is narrower than `room` loses what is large, every time. So what was sent twice and asked for again, or not
 acknowledged, is cut anew for datagrams of `narrow_room`, and so is everything for this peer from then on.
 
@@ -175,6 +178,7 @@ class PeerMachine:
         "_closed",
         "_events",
         "_exchanges",
+        "_fetches",
         "_key",
         "_limits",
         "_memory",
@@ -213,6 +217,7 @@ class PeerMachine:
         self._tokens: dict[bytes, Observation] = {}
         self._notifiable: dict[int, Observation] = {}  # those with a pending state, in turn
         self._notified: dict[int, Observation] = {}  # by message id
+        self._fetches: dict[Key, float] = {}  # bodies whose blocks are being fetched: when that is waited for no more
         self._narrow = False
         self._non_allowed_at = 0.0
         self._events: deque[Event] = deque()
@@ -274,8 +279,10 @@ class PeerMachine:
             due = next(iter(self._unacknowledged.values())).ack_due
         if self._active is not None and (due is None or self._active.due < due):
             due = self._active.due
-        if self._notifiable and self._active is None and (due is None or self._non_allowed_at < due):
-            due = self._non_allowed_at
+        if self._active is None:
+            for observation in self._notifiable.values():
+                at = max(self._non_allowed_at, self._fetches.get(observation.key, 0.0))
+                due = at if due is None else min(due, at)
         return due
 
     @property
@@ -367,6 +374,7 @@ class PeerMachine:
         self._unacknowledged.clear()
         self._waiting.clear()
         self._notified.clear()
+        self._fetches.clear()
         self._active = None
         self._out.clear()
 
@@ -464,6 +472,7 @@ class PeerMachine:
         kept = self._memory.snapshots.get(exchange.key, now)
         if kept is not None:
             self._finish_cut(exchange, kept, [], now)
+            self._pump(now)  # with the last block a newer state may follow
             return True
         if message.code in (Code.GET, Code.FETCH):
             return False
@@ -595,12 +604,22 @@ class PeerMachine:
             return None
         if response.etag is None and response.code.is_successful():
             options.append((ETAG, entity_tag(body)))
+        end = start + size
         if start == 0:
             self._memory.snapshots.keep(key, response, now)
             options.append((SIZE2, encode_uint(len(body))))
-        end = start + size
+        self._is_fetching(key, start, end < len(body), now)
         options.append((BLOCK2, Block(start // size, end < len(body), exponent).encode()))
         return body[start:end]
+
+    def _is_fetching(self, key: Key, start: int, more: bool, now: float) -> None:
+        """A block of a body goes out: its next one will be asked for, or it was the last."""
+        known = self._fetches.pop(key, None) is not None
+        if not more or not (known or start == 0):
+            return
+        self._fetches[key] = now + self._limits.fetch_patience
+        if len(self._fetches) > self._limits.fetches_per_peer:
+            del self._fetches[next(iter(self._fetches))]
 
     # Observations -----------------------------------------------------------------------------------------------------
 
@@ -685,6 +704,8 @@ class PeerMachine:
         for number, observation in list(self._notifiable.items()):
             pending = observation.pending
             assert pending is not None
+            if pending.response.code.is_successful() and self._fetches.get(observation.key, now) > now:
+                continue  # the one before is still being fetched, and its blocks have no other name
             if observation.wants_confirmable(pending, limits.confirm_every, limits.confirm_interval, now):
                 if self._active is not None:
                     continue

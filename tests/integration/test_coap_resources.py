@@ -208,12 +208,13 @@ async def test_a_configuration_that_changes_while_it_is_fetched_is_never_mixed(c
         assert observed.etag == b"\x02"
         halfway = [await block(client, number) for number in (0, 1)]
         await coap.post(desired, {"config": old}, "PUT")
+        rest = [await block(client, number) for number in (2, 3, 4, 5, 6)]
+        assert {each.opt.etag for each in halfway + rest} == {b"\x02"}
+        whole = b"".join(each.payload for each in halfway + rest)
+        assert json.loads(whole) == {"version": 2, "config": new}, "the news wait until it is whole"
         news = await client.notified()
-        after = await block(client, 2)
-        assert [each.opt.etag for each in halfway] == [b"\x02", b"\x02"]
-        assert (news.etag, after.opt.etag) == (b"\x03", b"\x03"), "the client sees that it has changed, and begins anew"
-        rest = [await block(client, number) for number in (1, 2, 3)]
-        assert json.loads(news.payload + b"".join(each.payload for each in rest)) == {"version": 3, "config": old}
+        blocks = [await block(client, number) for number in (1, 2, 3)]
+        assert json.loads(news.payload + b"".join(each.payload for each in blocks)) == {"version": 3, "config": old}
 
 
 async def _queued(coap: Running, device_id: str, method: str) -> str:
@@ -271,6 +272,29 @@ async def test_a_command_that_nobody_acknowledged_is_not_delivered_and_comes_aga
     async with coap.client(device) as client:
         assert (await client.observe("/commands")).value["command_id"] == command
         assert await _status(coap, device.device_id, command) == "delivered"
+
+
+async def test_large_commands_come_one_after_the_other_and_each_whole(coap: Running) -> None:
+    """The next one waits until the blocks of the one before are fetched: they have no other name than the path."""
+    device = await coap.device()
+    texts = [letter * 3_000 for letter in "abc"]
+    for text in texts:
+        await coap.post(f"/devices/{device.device_id}/commands", {"method": "write", "params": {"text": text}})
+
+    async with coap.client(device) as client:
+        got: list[str] = []
+        for number in range(len(texts)):
+            part = await client.observe("/commands") if number == 0 else await client.notified()
+            whole = part.payload
+            assert len(whole) == 1024
+            for block in (1, 2, 3):
+                assert client.notifications.empty()
+                answer = await client._exchange(Code.GET, "/commands", b"", block2=(block, False, 6))
+                whole += answer.payload
+                if not answer.opt.block2.more:
+                    break
+            got.append(json.loads(whole)["params"]["text"])
+    assert got == texts
 
 
 async def test_a_command_that_is_cancelled_before_its_turn_is_not_sent(api: Api) -> None:  # noqa: F811

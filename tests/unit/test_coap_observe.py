@@ -311,6 +311,51 @@ def test_a_large_state_comes_as_its_first_block() -> None:
     assert not talk.events
 
 
+def test_a_newer_state_waits_while_the_one_before_is_fetched() -> None:
+    talk = Dialogue()
+    number = talk.observes(1, b"t")
+    talk.said()
+    talk.notifies(number, Code.CONTENT, b"a" * 2500)
+    assert len(talk.said()) == 1
+    talk.acknowledges(1)
+    talk.notifies(number, Code.CONTENT, b"b" * 2500)
+    talk.notifies(number, Code.CONTENT, b"c" * 2500)
+    assert talk.said() == []
+    for block, size in ((1, 1024), (2, 452)):
+        talk.sends(CON, Code.GET, 1 + block, path="obs", block2=(block, False, 6))
+        answer, *news = talk.heard()
+        assert (answer.payload, len(news)) == (b"a" * size, block - 1)
+    assert (news[0].mtype, news[0].payload) == (CON, b"c" * 1024), "with the last block the newest one follows"
+
+
+def test_a_newer_state_does_not_wait_for_who_fetches_no_more() -> None:
+    talk = Dialogue()
+    number = talk.observes(1, b"t")
+    talk.said()
+    talk.notifies(number, Code.CONTENT, b"a" * 2500)
+    assert len(talk.said()) == 1
+    talk.acknowledges(1)
+    talk.passes(10)
+    talk.sends(CON, Code.GET, 2, path="obs", block2=(1, False, 6))
+    talk.heard()
+    talk.notifies(number, Code.CONTENT, b"b")
+    talk.passes(14)
+    assert talk.heard() == [], "each block begins the wait anew"
+    talk.passes(1.1)
+    [news] = talk.heard()
+    assert news.payload == b"b"
+    assert talk.machine.next_timer() is not None, "its acknowledgement"
+
+
+def test_bodies_that_are_waited_for_are_bounded() -> None:
+    talk = Dialogue()
+    for message_id in range(100):
+        talk.sends(CON, Code.GET, message_id, path="large", uri_query=(str(message_id),))
+        talk.asked()
+        talk.answers(Code.CONTENT, bytes(2000))
+    assert len(talk.machine._fetches) == talk.limits.fetches_per_peer
+
+
 def test_the_sequence_wraps_at_24_bits() -> None:
     talk = Dialogue()
     number = talk.observes(1, b"\7")

@@ -47,11 +47,15 @@ def _environment(place: Path, **more: str) -> dict[str, str]:
 
 
 def _blocks(page: str) -> list[str]:
-    return [block for block in BLOCK.findall((ROOT / page).read_text("utf-8")) if "make " not in block]
+    found = BLOCK.findall((ROOT / page).read_text("utf-8"))
+    return [block for block in found if "make " not in block and ".venv/bin/" not in block]  # of a checkout
 
 
-def _walk(place: Path, ports: dict[str, int], *pages: str) -> list[str]:
-    """What each block of the README after its first, and then of these pages, says on standard output."""
+def _walk(place: Path, ports: dict[str, int], *pages: str, silent: bool = True) -> list[str]:
+    """What each block of the README after its first, and then of these pages, says on standard output.
+
+    `silent`: they say nothing on standard error.
+    """
     bash = shutil.which("bash")
     if bash is None or shutil.which("curl") is None or shutil.which("openssl") is None:
         pytest.skip("bash, curl and openssl are needed")
@@ -66,11 +70,14 @@ def _walk(place: Path, ports: dict[str, int], *pages: str) -> list[str]:
     script = "\n".join(f"{block}\necho '#### end {number}'" for number, block in enumerate(blocks))
     script = script.replace("localhost:8443", f"localhost:{ports['https']}")
     script = script.replace("-h localhost -p 8883", f"-h localhost -p {ports['mqtt']}")
+    script = script.replace("coaps://localhost:5684", f"coaps://localhost:{ports['coap']}")
+    script = script.replace("coap -s 60", "coap -s 1")
     done = subprocess.run(
         [bash, "-c", "set -euo pipefail\n" + script],
         cwd=place, env=_environment(place), capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not silent or done.stderr == "", done.stdout
     return re.split(r"#### end \d+\n", done.stdout)
 
 
@@ -89,6 +96,20 @@ def test_a_device_over_mqtt_goes_as_its_page_says(tmp_path: Path, ports: dict[st
     assert json.loads(command)["method"] == "fan.on"
     assert granted == "hall/3/alarm smoke\n"
     assert kept == "hall/4/alarm fire\n"
+
+
+def test_a_device_over_coap_goes_as_its_page_says(tmp_path: Path, ports: dict[str, int]) -> None:
+    if shutil.which("coap-client-openssl") is None:
+        pytest.skip("libcoap's client is needed")
+    said = _walk(tmp_path, ports, "docs/coap.md", silent=False)[4:]
+
+    registered, by_hand, claimed, certified, rest = said
+    assert json.loads(registered)["psk"]["identity"]
+    for word in ("</telemetry>", '"method":"reboot"', '{"version":1,"config":{}}', '"config":{"interval_s":60}'):
+        assert word in by_hand
+    assert json.loads(claimed)["psk"]["identity"]
+    assert "notAfter=" in certified
+    assert rest == ""
 
 
 def test_the_first_device_and_the_batch_go_as_the_pages_say(tmp_path: Path, ports: dict[str, int]) -> None:

@@ -65,6 +65,8 @@ class Turn(Protocol):
         """The key of an identity; a random one when none was prepared."""
 
     certificate_fault: str | None
+    certificate_accepted: bool
+    """It has shown one without a fault."""
 
 
 class DtlsContext:
@@ -132,12 +134,13 @@ class DtlsContext:
         return b"" if self.turn is None else self.turn.key_of(identity)
 
     def _judge_certificate(self, _: SSL.Connection, certificate: X509, _error: int, depth: int, _ok: int) -> bool:
-        if depth:
-            return True
-        fault = certificate_fault(certificate)
-        if self.turn is not None:
-            self.turn.certificate_fault = fault
-        return fault is None
+        turn = self.turn
+        if depth or turn is None:
+            return depth > 0
+        if not turn.certificate_accepted:  # OpenSSL asks again for each objection of its own to the same one
+            turn.certificate_fault = certificate_fault(certificate)
+            turn.certificate_accepted = turn.certificate_fault is None
+        return turn.certificate_accepted
 
 
 class _Context(SSL.Context):

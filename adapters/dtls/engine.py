@@ -152,6 +152,7 @@ class DtlsEngine:
         "_protection",
         "_sequences",
         "_state",
+        "certificate_accepted",
         "certificate_fault",
         "mtu",
     )
@@ -169,6 +170,7 @@ class DtlsEngine:
         self._last_flight: tuple[bytes, ...] = ()
         self.mtu = limits.mtu
         self.certificate_fault: str | None = None
+        self.certificate_accepted = False
         self._fragment: int | None = None  # the most that one record may carry, where the client has a limit
         self._connection: SSL.Connection | None = context.connection(limits.mtu, has_psk=offers_psk(hello))
         self._handshake: _Handshake | None = _Handshake(hello)

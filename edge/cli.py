@@ -209,12 +209,9 @@ def migrate(
     given = invocation_of(context, config, data_dir, as_json)
     loaded = configuration_of(given)
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.migrate_schema(loaded, as_json=given.as_json)
-
-    finish(work)
+    finish(lambda: commands.migrate_schema(loaded, as_json=given.as_json))
 
 
 # -- tenants and tokens ------------------------------------------------------------------------------------------------
@@ -234,12 +231,9 @@ def create_tenant(
     """Make a tenant; prints {"tenant_id", "slug"}."""
     loaded = configuration_of(invocation_of(context, config, data_dir, as_json))
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.create_tenant(loaded, name, slug)
-
-    finish(work)
+    finish(lambda: commands.create_tenant(loaded, name, slug))
 
 
 @tenants.command("list")
@@ -250,12 +244,9 @@ def list_tenants(
     given = invocation_of(context, config, data_dir, as_json)
     loaded = configuration_of(given)
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.list_tenants(loaded, as_json=given.as_json)
-
-    finish(work)
+    finish(lambda: commands.list_tenants(loaded, as_json=given.as_json))
 
 
 @tokens.command("mint")

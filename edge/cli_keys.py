@@ -28,12 +28,9 @@ def show_authorities(
     given = invocation_of(context, config, data_dir, as_json)
     loaded = configuration_of(given)
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.show_authorities(loaded, as_json=given.as_json)
-
-    finish(work)
+    finish(lambda: commands.show_authorities(loaded, as_json=given.as_json))
 
 
 @authorities.command("rollover")
@@ -44,12 +41,9 @@ def roll_over_authority(
     given = invocation_of(context, config, data_dir, as_json)
     loaded = configuration_of(given)
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.roll_over_authority(loaded, as_json=given.as_json)
-
-    finish(work)
+    finish(lambda: commands.roll_over_authority(loaded, as_json=given.as_json))
 
 
 @key_ring.command("rotate")
@@ -66,12 +60,9 @@ def rotate_sealing_key(
     given = invocation_of(context, config, data_dir, as_json)
     loaded = configuration_of(given)
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.rotate_sealing_key(loaded, key, as_json=given.as_json)
-
-    finish(work)
+    finish(lambda: commands.rotate_sealing_key(loaded, key, as_json=given.as_json))
 
 
 @key_ring.command("stage")
@@ -106,12 +97,9 @@ def drop_sealing_key(
     given = invocation_of(context, config, data_dir, as_json)
     loaded = configuration_of(given)
 
-    async def work() -> None:
-        from edge import commands
+    from edge import commands
 
-        await commands.drop_sealing_key(loaded, key, as_json=given.as_json)
-
-    finish(work)
+    finish(lambda: commands.drop_sealing_key(loaded, key, as_json=given.as_json))
 
 
 @key_ring.command("show")

@@ -31,6 +31,7 @@ MAX_COMPONENTS = 64
 MAX_GRANTS = 64
 MAX_FILTER = 256
 _GRANT_WORDS = frozenset({"publish", "subscribe"})
+_UNGRANTABLE = frozenset({"devices", "provision"})
 _SENSOR_TYPES = ("DOUBLE", "BIGINT", "BOOLEAN", "TEXT")
 
 
@@ -231,7 +232,7 @@ def _checked_grants(grants: Sequence[Json]) -> list[Json]:
         _checked_keys("topic_grants", grant, required={"filter"}, optional={"allow", "deny"})
         if not isinstance(grant["filter"], str):
             raise InvalidArgument("topic_grants: a filter is a text", field="topic_grants")
-        fields.text("topic_grants", grant["filter"], MAX_FILTER)
+        _check_filter(fields.text("topic_grants", grant["filter"], MAX_FILTER))
         if not ({"allow", "deny"} & set(grant)):
             raise InvalidArgument("topic_grants: a grant says what it allows or denies", field="topic_grants")
         for rule in ("allow", "deny"):
@@ -241,6 +242,21 @@ def _checked_grants(grants: Sequence[Json]) -> list[Json]:
                     f"topic_grants: {rule} is an array of publish and subscribe", field="topic_grants"
                 )
     return kept
+
+
+def _check_filter(text: str) -> None:
+    """A topic filter (MQTT 5.0 §4.7.1) of topics that can be granted. A wildcard may reach further than that; what
+    `devices/`, `provision/` and `$` begin is never brokered all the same."""
+    *parents, last = levels = text.split("/")
+    if any("#" in level for level in parents) or ("#" in last and last != "#"):
+        wrong = "# stands for the rest of a topic, alone in the last level"
+    elif any("+" in level and level != "+" for level in levels):
+        wrong = "+ stands for one level, alone in it"
+    elif levels[0] in _UNGRANTABLE or text.startswith("$"):
+        wrong = "topics that begin with devices/, provision/ or $ are not for grants"
+    else:
+        return
+    raise InvalidArgument(f"topic_grants: the filter {text!r} is wrong: {wrong}", field="topic_grants")
 
 
 def _checked_keys(field: str, value: Json, *, required: set[str], optional: set[str]) -> None:

@@ -75,7 +75,8 @@ RECEIPTS_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class NewTemplate:
-    """A template to be made. Without a pattern every hardware_id may claim; without `expires_at` it never expires."""
+    """A template to be made. Without a pattern every hardware_id may claim; without `expires_at` it never expires.
+    `status` may be active, or disabled until somebody sets it to active."""
 
     name: str
     profile_id: str | None = None
@@ -85,6 +86,7 @@ class NewTemplate:
     max_claims: int | None = None
     credential_type: CredentialKind = CredentialKind.API_KEY
     default_groups: Sequence[str] = ()
+    status: TemplateStatus = TemplateStatus.ACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,7 @@ class Templates:
             created_at=now,
             updated_at=now,
         )
+        template = replace(template, status=_status(template, new.status))
         key = secrets.generate(SecretKind.PROVISIONING_KEY, self._random)
         sealed = self._key_ring.seal(claim_psk(key), claim_psk_context(tenant_id, template.template_id))
         async with self._database.transaction() as connection:

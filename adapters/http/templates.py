@@ -52,6 +52,7 @@ class TemplateCreation(Request, frozen=True, kw_only=True):
     max_claims: MaxClaims | None = None
     credential_type: CredentialKind = CredentialKind.API_KEY
     default_groups: GroupNames = field(default_factory=list)
+    status: TemplateStatus = TemplateStatus.ACTIVE
 
     def template(self) -> NewTemplate:
         """As the core takes it."""
@@ -64,6 +65,7 @@ class TemplateCreation(Request, frozen=True, kw_only=True):
             max_claims=self.max_claims,
             credential_type=self.credential_type,
             default_groups=self.default_groups,
+            status=self.status,
         )
 
 

@@ -744,7 +744,8 @@ class DeviceRole:
         contact = Contact(Transport.MQTT, self.peer.address, uuid4().hex)
         answer: dict[str, object]
         try:
-            issued = await self.registry.enrolment.renew(self.session.identity, _csr(message), contact)
+            enrolment = self.registry.enrolment
+            issued = await enrolment.renew(self.session.identity, _csr(message), contact, same_subject=False)
             answer = {"status": "ok", "device_id": self.own, **issued_fields(issued)}
         except Unavailable:
             raise

@@ -8,7 +8,7 @@ import pytest
 
 from registry.devices import NewDevice
 from registry.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from registry.model import AnchorMode, TenantId
+from registry.model import AnchorMode, Json, TenantId
 from registry.paging import Page
 from registry.profiles import NewProfile, ProfileChanges
 from registry.storage.database import Database
@@ -69,7 +69,31 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"topic_grants": [{"filter": "a", "allow": ["delete"]}]}, "topic_grants"),
     ({"topic_grants": [{"filter": "a", "allow": ["publish"], "denied": []}]}, "topic_grants"),
     ({"topic_grants": [{"filter": 7, "allow": []}]}, "topic_grants"),
+    *(
+        ({"topic_grants": [{"filter": wrong, "allow": ["publish"]}]}, "topic_grants")
+        for wrong in (
+            "a/#/b",
+            "a#",
+            "#/",
+            "+a/b",
+            "a/x+",
+            "devices/me/x",
+            "devices",
+            "provision/#",
+            "$SYS/a",
+            "$share/g/a",
+        )
+    ),
 ]
+
+
+async def test_filters_with_wildcards_in_their_places_are_kept(services: Services, tenant_id: TenantId) -> None:
+    grants: list[Json] = [
+        {"filter": text, "allow": ["publish"]}
+        for text in ("#", "+", "+/+/#", "a/+/b", "/a//", "site/me/#", "devicesx", "x/devices", "a$/b")
+    ]
+    made = await services.profiles.create(tenant_id, NewProfile("P", topic_grants=grants), OPERATOR)
+    assert list(made.topic_grants) == grants
 
 
 async def test_malformed_profiles_are_refused(services: Services, tenant_id: TenantId) -> None:

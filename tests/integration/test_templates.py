@@ -100,7 +100,15 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"max_claims": 0}, "max_claims"),
     ({"max_claims": 2**31}, "max_claims"),
     ({"default_groups": ["\x00"]}, "default_groups"),
+    ({"status": TemplateStatus.USED}, "status"),
 ]
+
+
+async def test_a_template_may_be_made_disabled(services: Services, tenant_id: TenantId) -> None:
+    made = await services.templates.create(tenant_id, NewTemplate("T", status=TemplateStatus.DISABLED), OPERATOR)
+    assert made.template.status is TemplateStatus.DISABLED
+    template_id = made.template.template_id
+    assert (await services.templates.get(tenant_id, template_id)).status is TemplateStatus.DISABLED
 
 
 async def test_malformed_templates_are_refused(services: Services, tenant_id: TenantId) -> None:

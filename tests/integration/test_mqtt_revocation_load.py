@@ -32,8 +32,8 @@ from tests.whole_system import Tenant, new_tenant
 
 REVOKED = int(os.environ.get("MQTT_REVOKED", "100"))
 QUEUE = 20
-BUSY = 10
-"""Every so manieth device of the batch publishes, too."""
+BUSY = int(os.environ.get("MQTT_BUSY", "10"))
+"""Each device of the batch whose number this divides publishes, too."""
 ENVIRON = {
     "GATEHOUSE_MQTT__QUEUED_MESSAGES": str(QUEUE),
     "GATEHOUSE_MQTT__FULL_QUEUE_SECONDS": "0",

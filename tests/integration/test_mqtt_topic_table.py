@@ -335,6 +335,8 @@ async def test_publishing(world: World, kind: str, version: Version) -> None:
     for row, (template, allowed) in enumerate(PUBLISH):
         if kind in allowed:
             continue
+        if not FULL and kind in ("key", "certificate") and (row + (kind == "key") + (version is Version.V5)) % 2:
+            continue  # a key in one version, a certificate in the other
         topic = world.text(template, kind)
         await refused_publish(world, kind, version, topic, ways(row, kind, version), R.NOT_AUTHORIZED)
         await world.undisturbed(topic)

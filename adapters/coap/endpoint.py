@@ -419,18 +419,20 @@ class CoapEndpoint:
         self._wakeup = None
         now = self._now()
         timers = self._timers
-        while timers and timers[0][0] <= now:
-            due, _, peer = heapq.heappop(timers)
-            if peer is None:
-                self._expiry_armed = False
-                self._memory.expire(now)
-                if (expiry := self._memory.next_expiry()) is not None:
-                    self._expiry_armed = True
-                    heapq.heappush(timers, (max(expiry, now + 1.0), next(self._order), None))
-            elif peer._armed == due:
-                peer._armed = None
-                peer._machine.tick(now)
-                self._work(peer, now)
-        if timers and self._wakeup is None:
-            self._wakeup_at = timers[0][0]
-            self._wakeup = self._loop.call_later(max(0.0, self._wakeup_at - now), self._wake)
+        try:
+            while timers and timers[0][0] <= now:
+                due, _, peer = heapq.heappop(timers)
+                if peer is None:
+                    self._expiry_armed = False
+                    self._memory.expire(now)
+                    if (expiry := self._memory.next_expiry()) is not None:
+                        self._expiry_armed = True
+                        heapq.heappush(timers, (max(expiry, now + 1.0), next(self._order), None))
+                elif peer._armed == due:
+                    peer._armed = None
+                    peer._machine.tick(now)
+                    self._work(peer, now)
+        finally:  # a peer that fails stops nobody else's timers
+            if timers and self._wakeup is None:
+                self._wakeup_at = timers[0][0]
+                self._wakeup = self._loop.call_later(max(0.0, self._wakeup_at - now), self._wake)

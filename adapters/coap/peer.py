@@ -554,7 +554,10 @@ class PeerMachine:
             entry.reply = None
             self._on_request(message, entry, now)
             return True
-        options = read_request(message.options)  # it was read before, and is good
+        try:
+            options = read_request(message.options)
+        except OptionError:
+            return False  # another request under the same message id; only the id made it a repetition
         key = answer_key(self._key, message.code, options)
         kept = self._memory.snapshots.get(key, now)
         if kept is None:

@@ -203,9 +203,11 @@ class DtlsListener:
         """A turn of those who wait; another one soon while there are any."""
         loop = asyncio.get_running_loop()
         until = loop.time() + _TURN
-        while self._strangers and loop.time() < until:
-            self.arrived(*self._strangers.popleft())
-        self._turn = loop.call_soon(self._take_strangers) if self._strangers else None
+        try:
+            while self._strangers and loop.time() < until:
+                self.arrived(*self._strangers.popleft())
+        finally:  # whatever one of them did, the others' turn comes
+            self._turn = loop.call_soon(self._take_strangers) if self._strangers else None
 
     def arrived(self, datagram: bytes, address: Address) -> None:
         """Take one datagram from anybody. Anything may be in it; nothing raises."""
@@ -334,9 +336,11 @@ class DtlsListener:
         """Look after the handshakes that are due; again soon while there are any."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for pending in [each for each in self._pending.values() if each.due <= now]:
-            pending.look(now)
-        self._ticker = loop.call_later(_TICK, self._tick) if self._pending else None
+        try:
+            for pending in [each for each in self._pending.values() if each.due <= now]:
+                pending.look(now)
+        finally:
+            self._ticker = loop.call_later(_TICK, self._tick) if self._pending else None
 
     def _sweep(self) -> None:
         """End the associations that have been silent too long."""
@@ -481,6 +485,13 @@ class DtlsAssociation:
         self._transmit()
         self.take(events)
 
+    def _hand_over(self, plain: bytes) -> None:
+        try:
+            self._listener.application.received(self, plain)
+        except Exception:  # the end of this connection, and of no other
+            _log.exception("dtls.application.failed")
+            self.leave("internal error", farewell=True)
+
     def take(self, events: list[Event]) -> None:
         """What its engine has made of a datagram."""
         for event in events:
@@ -488,7 +499,7 @@ class DtlsAssociation:
                 case Received(plain):
                     if self.alive:
                         self.heard = self._listener.clock()
-                        self._listener.application.received(self, plain)
+                        self._hand_over(plain)
                 case Ended(reason):
                     if reason is End.CLOSED_BY_PEER:
                         self._listener.counters.closed_by_peer += 1

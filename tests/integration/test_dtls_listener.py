@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from adapters.dtls.admission import DtlsLimits
-from adapters.dtls.ports import CertificateProven, NothingProven, PskProven
+from adapters.dtls.ports import Association, CertificateProven, NothingProven, PskProven
 from adapters.dtls.records import hello_verify_request, read_client_hello
 from tests.dtls_peers import (
     KEY,
@@ -114,6 +114,58 @@ async def test_the_silent_are_let_go_with_a_word() -> None:
             assert await busy.ask(b"still here") == b"still here"
         assert [reason for _, reason in listener.application.endings] == ["silent too long"]
         assert listener.counters.idle == 1
+
+
+class Fragile(Echo):
+    """An application with a defect that a peer can reach."""
+
+    def received(self, association: Association, datagram: bytes) -> None:
+        if datagram == b"poison":
+            raise KeyError("a defect")
+        super().received(association, datagram)
+
+
+async def test_an_application_that_fails_over_a_datagram_loses_that_association_only() -> None:
+    fragile = Fragile()
+    async with serving(fragile) as listener, udp_client(listener.port) as good, udp_client(listener.port) as bad:
+        await good.handshake()
+        await bad.handshake()
+        # A handshake from the same address and port makes a stranger of it: its datagrams wait for the strangers' turn.
+        heard = len(bad.heard)
+        bad.put(Client(psk_client_context()).step()[0])
+        await bad.until(lambda: len(bad.heard) > heard)
+        for datagram in bad.client.send(b"poison"):
+            bad.put(datagram)
+        await bad.until(lambda: bad.client.closed)
+        assert [reason for _, reason in fragile.endings] == ["internal error"]
+        assert await good.ask(b"still here") == b"still here"
+        async with udp_client(listener.port) as newcomer:
+            await newcomer.handshake()
+            assert await newcomer.ask(b"me too") == b"me too"
+
+
+async def test_a_handshake_that_fails_inside_leaves_the_strangers_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, what: told.append(repr(what.get("exception"))))
+    async with serving() as listener:
+        arrived = listener.arrived
+        poison = plain_socket(listener.port)
+        mine = poison.getsockname()
+
+        def failing(datagram: bytes, address: Any) -> None:
+            if address == mine:
+                raise KeyError("a defect")
+            arrived(datagram, address)
+
+        listener.arrived = failing
+        try:
+            for _ in range(3):
+                poison.send(bytes([22, 0xFE, 0xFD]) + bytes(40))
+                async with udp_client(listener.port) as client:
+                    await client.handshake()
+            await eventually(lambda: len(told) == 3)
+        finally:
+            poison.close()
 
 
 async def test_it_starts_once_and_its_port_is_free_again() -> None:

@@ -114,3 +114,17 @@ def test_a_notification_that_does_not_arrive_is_cut_smaller_and_its_receipt_stan
     talk.passes(100)
     assert talk.said() == []
     assert (talk.counters.observations, talk.counters.narrowed) == (1, 1)
+
+
+def test_another_request_under_a_message_id_that_was_used_is_answered_as_a_repetition_whatever_is_in_it() -> None:
+    talk = Dialogue()
+    talk.sends(CON, Code.GET, 1, b"t", path="config")
+    talk.asked()
+    talk.answers(Code.CONTENT, MIDDLE)
+    talk.sends(CON, Code.GET, 1, b"t", path="config")
+    sizes(talk)
+    unknown_critical_option = bytes([0x41, Code.POST, 0, 1]) + b"t" + bytes([0x90])
+    talk.sends_bytes(unknown_critical_option)
+    [whole] = sizes(talk)
+    assert whole > 1000, "the answer that was kept"
+    assert not talk.events

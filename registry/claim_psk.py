@@ -98,6 +98,14 @@ class ClaimPsks:
             raise Unauthenticated("claim psk without a template")
         return offer.template_id
 
+    def unproven(self, offer: ClaimOffer, contact: Contact) -> None:
+        """Note for the operator that a handshake did not verify under an offer's key: the peer has another one.
+
+        Duty of the caller: the peer has been answered. An offer without a template has been noted already.
+        """
+        if offer.template_id is not None:
+            self._note(offer.tenant_id, offer.template_id, "claim psk does not verify", contact)
+
     async def stop(self) -> None:
         """Finish what is under way."""
         await self._lookups.stop()
@@ -117,14 +125,16 @@ class ClaimPsks:
 
     def _note_behind(self, state: ClaimPskState | None, reason: str, contact: Contact) -> None:
         """Behind the caller's next step, which answers the peer: so the note takes none of the peer's time."""
-        asyncio.get_running_loop().call_soon(self._note, state, reason, contact)
+        tenant_id = None if state is None else state.tenant_id
+        template_id = None if state is None else state.template_id
+        asyncio.get_running_loop().call_soon(self._note, tenant_id, template_id, reason, contact)
 
-    def _note(self, state: ClaimPskState | None, reason: str, contact: Contact) -> None:
+    def _note(self, tenant_id: TenantId | None, template_id: TemplateId | None, reason: str, contact: Contact) -> None:
         self._refusals.note(
-            tenant_id=state.tenant_id if state else None,
+            tenant_id=tenant_id,
             device_id=None,
             kind=EventKind.PROVISIONING_REFUSED,
             reason=reason,
             contact=contact,
-            detail={"template_id": state.template_id} if state else {},
+            detail={"template_id": template_id} if template_id else {},
         )

@@ -16,7 +16,10 @@ request for a certificate. The peer gets close_notify (RFC 5246 §7.2.1) and eve
 observations, the association. Its next handshake gets a random key or a refused certificate.
 
 A Claimant has no identity and opens no session. It may provision, and read what is nobody's secret; how many there
-are, of one address, for how long and how often they may ask is bounded.
+are, of one address, for how long and how often they may ask is bounded. Those who proved a claim PSK and those who
+proved nothing are counted apart, so that a crowd of the second keeps none of the first out; where either is full, the
+oldest of the address that has most gives way to an address that has less. Whoever is not a device, whatever became of
+its admission, is let go after `provisioning_seconds`: an association costs a place that devices need.
 
 A device that wakes up behind a NAT comes back from another port and leaves its old association lying there. So of one
 device only the newest few stay: what was silent longest is closed. That is its own doing: all of them proved its key.
@@ -90,6 +93,9 @@ class Claimant:
 
 Role = Device | Renewer | Claimant
 
+_Pool = dict[str, "list[Guest]"]
+"""Claimants by address block, oldest first."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Offered:
@@ -108,20 +114,22 @@ class Admission:
         self.counters = counters
         self._loop = asyncio.get_running_loop()
         self._devices: dict[DeviceId, list[Guest]] = {}
-        self._claimants: dict[str, int] = {}
+        self._anonymous: _Pool = {}
+        self._proven: _Pool = {}
         self._attempts = RateLimiter(limits.provisioning_attempts_per_second, limits.provisioning_attempts_burst)
 
     @property
     def claimants(self) -> int:
         """Associations that belong to nobody now."""
-        return sum(self._claimants.values())
+        return sum(map(len, (*self._anonymous.values(), *self._proven.values())))
 
     async def psk(self, identity: bytes, address: str) -> PskKey:
         """The key to verify a handshake with, for any identity. Raises Unavailable."""
         contact = _contact(address)
         if is_claim_identity(identity):
-            claim = await self.registry.claim_psks.offer(identity, contact)
-            return PskKey(claim.key, _Offered(claim, contact))
+            claims = self.registry.claim_psks
+            claim = await claims.offer(identity, contact)
+            return PskKey(claim.key, _Offered(claim, contact), partial(claims.unproven, claim, contact))
         resolver = self.registry.resolver
         made = await resolver.offer(PskIdentity(identity), contact)
         return PskKey(made.key, _Offered(made, contact), partial(resolver.unproven, made, contact))
@@ -162,11 +170,12 @@ class Admission:
             case Device(session):
                 self.registry.sessions.ended(session)
                 self._forget(guest, session.device_id)
-            case Claimant():
+            case Claimant(template_id):
                 block = address_block(guest.association.address)
-                self._claimants[block] -= 1
-                if not self._claimants[block]:
-                    del self._claimants[block]
+                pool = self._pool(template_id)
+                pool[block].remove(guest)
+                if not pool[block]:
+                    del pool[block]
             case Renewer() | None:
                 pass
             case _:
@@ -178,9 +187,7 @@ class Admission:
         contact = _contact(guest.association.address)
         evidence = ClientCertificate(der)
         if _has_ended(der, self.registry):  # only such a one may have the smaller right; everybody else is judged once
-            right = await self.registry.resolver.admit_for_renewal(evidence, contact)
-            guest.end_in(self.limits.provisioning_seconds)  # it has no session that could end it
-            return Renewer(right)
+            return Renewer(await self.registry.resolver.admit_for_renewal(evidence, contact))
         identity = await self.registry.resolver.admit(evidence, contact)
         return await self._open(guest, identity, contact)
 
@@ -195,14 +202,28 @@ class Admission:
         return Device(session, isinstance(guest.association.proof, CertificateProven))
 
     def _claimant(self, guest: Guest, template_id: TemplateId | None) -> Role:
-        block = address_block(guest.association.address)
-        here = self._claimants.get(block, 0)
-        if self.claimants >= self.limits.provisioning or here >= self.limits.provisioning_per_address:
+        block, pool = address_block(guest.association.address), self._pool(template_id)
+        here = len(pool.get(block, ()))
+        most = self.limits.provisioning
+        full = here >= self.limits.provisioning_per_address
+        if full or (sum(map(len, pool.values())) >= most and not self._displaced(pool, here)):
             self.counters.turned_away += 1
             raise ResourceExhausted("too many peers are provisioning now", retry_after=5.0)
-        self._claimants[block] = here + 1
-        guest.end_in(self.limits.provisioning_seconds)
+        pool.setdefault(block, []).append(guest)
         return Claimant(template_id)
+
+    def _pool(self, template_id: TemplateId | None) -> _Pool:
+        return self._anonymous if template_id is None else self._proven
+
+    @staticmethod
+    def _displaced(pool: _Pool, here: int) -> bool:
+        """Make room for one of an address that has `here`: the oldest of the address that has most gives way, if that
+        keeps at least as many."""
+        greediest = max(pool.values(), key=len)
+        if len(greediest) <= here + 1:
+            return False
+        greediest[0].close_now()
+        return True
 
     def _forget(self, guest: Guest, device_id: DeviceId) -> None:
         held = self._devices.get(device_id, [])
@@ -235,6 +256,7 @@ class Guest:
         self._peer.context = self
         self._end: asyncio.TimerHandle | None = None
         self._deciding: asyncio.Task[Role | RegistryError] | None = None
+        self.end_in(admission.limits.provisioning_seconds)  # unless it turns out to be a device, whose session ends it
         self._decide()
 
     @property
@@ -315,6 +337,9 @@ class Guest:
             self._endpoint.admit(self._peer)
             return error
         self.role = role
+        if isinstance(role, Device) and self._end is not None:
+            self._end.cancel()
+            self._end = None
         if self.gone:  # it left while it was being admitted
             admission.leave(self)
         else:

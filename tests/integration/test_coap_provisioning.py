@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -96,6 +97,18 @@ async def test_an_unknown_template_and_a_wrong_key_fail_the_handshake_with_one_f
         await coap.refuses(gone),
     }
     assert len(faces) == 1
+    told: set[tuple[str, str]] = set()
+    async with asyncio.timeout(20):
+        while len(told) < 2:
+            await coap.api.registry.refusals.flush_all()
+            events = (await coap.get("/events?limit=500"))["events"]
+            refused = [each["data"] for each in events if each["kind"] == "provisioning.refused"]
+            told = {(each["template_id"], each["reason"]) for each in refused}
+            await asyncio.sleep(0.01)
+    assert told == {
+        (template["template_id"], "claim psk does not verify"),
+        (disabled["template_id"], "template disabled"),
+    }, "the operator is told why"
 
 
 async def test_who_belongs_to_nobody_has_little_room_little_time_and_few_tries(api: Api) -> None:  # noqa: F811

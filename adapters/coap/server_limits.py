@@ -13,7 +13,7 @@ class ServerLimits:
     """A device that sleeps comes back from another port, and its old association stays until it is reaped; of more than
     these the one that was silent longest ends. A gateway may keep a few."""
     provisioning: int = 500
-    """Associations at once that belong to nobody: claim PSKs, and peers that only know the server's certificate."""
+    """Associations at once that belong to nobody: so many with a claim PSK, and so many that proved nothing."""
     provisioning_per_address: int = 64  # of these; a rack of devices that boots together comes in turns
     provisioning_seconds: float = 180.0
     """Of one: twice the time for which a client repeats a request (RFC 7252 §4.8.2), with a claim in between."""

@@ -72,7 +72,7 @@ FULL = Pace(
     idle=(1000, 2000),
     guesses=2000,
     certificates=True,
-    mqtt=MqttPace(seconds=3, rounds=3, idle=5_000, batched=True),
+    mqtt=MqttPace(seconds=2, rounds=3, idle=5_000, batched=True),
     coap=COAP,
 )
 QUICK = Pace(

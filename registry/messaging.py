@@ -113,6 +113,7 @@ class Messaging:
         self._relays_dropped = 0
         self._ended_full = 0
         self._alone = False
+        self._will_left = asyncio.Event()
         self.grants = GrantTable(database)
 
     # Life ---------------------------------------------------------------------------------------------------------
@@ -228,9 +229,9 @@ class Messaging:
         """Begin a session, or go on with it, from wherever it was; its earlier owner is fenced off and told.
 
         With a `clean` opening, or an expiry of 0 and nothing stored, there is nothing to store: `ownership` is None.
-        The will of such a session stays the adapter's. Judge what comes back by the grants of now: subscriptions and
-        queued messages are as they were. Raises Unavailable, OutcomeOpen (`disown` it then), ResourceExhausted (the
-        device's sessions).
+        The will of such a session is stored all the same (`Taken.will`). Judge what comes back by the grants of now:
+        subscriptions and queued messages are as they were. Raises Unavailable, OutcomeOpen (`disown` it then),
+        ResourceExhausted (the device's sessions).
         """
         return await self._sessions.take(opening)
 
@@ -244,6 +245,8 @@ class Messaging:
         OutcomeOpen; until it succeeds the session counts as served. Raises SessionLost: somebody else has it.
         """
         await self._sessions.release(ownership, publish_will=publish_will, expiry=expiry, unsent=unsent)
+        if publish_will:
+            self._will_left.set()
 
     async def disown(self, key: SessionKey) -> bool:
         """Let a session go that a `take` of this node may have taken without an answer: nobody would serve it, and it
@@ -504,7 +507,23 @@ class Messaging:
                     await self.prune()
             except Unavailable:
                 pass  # the next turn tries again
-            await asyncio.sleep(0.5)
+            await self._pause(0.5)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait so long; wills that connections leave behind meanwhile need not."""
+        until = asyncio.get_running_loop().time() + seconds
+        while True:
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._will_left.wait()
+            except TimeoutError:
+                return
+            self._will_left.clear()
+            try:
+                await self._publish_wills()
+            except Unavailable:
+                await asyncio.sleep(seconds)
+                return
 
     async def tick(self) -> None:
         """What the clock asks for often: expired sessions, due wills, changed grants. Raises Unavailable."""
@@ -547,23 +566,28 @@ class Messaging:
             self._swept, _ = await storage.sweep_bodies(connection, self._swept, 5 * _CHUNK)
 
     async def _publish_wills(self) -> None:
-        async with self._database.connection() as connection:
-            stored = await _due_wills(connection, self._clock())
-        due = [(will_id, await self._judged(will_id, publication)) for will_id, publication in stored]
-        outcomes = await asyncio.gather(
-            *(self._publishing.publish(publication) for _, publication in due), return_exceptions=True
-        )
-        for (will_id, _), outcome in zip(due, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                if not isinstance(outcome, RegistryError):
-                    raise outcome
-                log.warning("messaging.will_postponed", extra={"fields": {"reason": outcome.code.value}})
-                async with self._database.connection() as connection:
-                    await messaging_sessions.postpone_will(connection, will_id, self._clock() + _WILL_RETRY_SECONDS)
+        while True:
+            async with self._database.connection() as connection:
+                due = await _due_wills(connection, self._clock())
+            outcomes = await asyncio.gather(
+                *(self._publish_will(will_id, publication) for will_id, publication in due), return_exceptions=True
+            )
+            for (will_id, _), outcome in zip(due, outcomes, strict=True):
+                if isinstance(outcome, BaseException):
+                    if not isinstance(outcome, RegistryError):
+                        raise outcome
+                    log.warning("messaging.will_postponed", extra={"fields": {"reason": outcome.code.value}})
+                    async with self._database.connection() as connection:
+                        await messaging_sessions.postpone_will(connection, will_id, self._clock() + _WILL_RETRY_SECONDS)
+            if len(due) < _WILLS:
+                return
 
-    async def _judged(self, will_id: int, publication: Publication) -> Publication:
+    async def _publish_will(self, will_id: int, publication: Publication) -> None:
         found = await self.grants.of_device(publication.tenant_id, publication.device_id)
-        return replace(publication, origin=PendingWill(will_id, found.grants))
+        due = replace(publication, origin=PendingWill(will_id, found.grants))
+        if await self._router.will_due(due):  # it is kept elsewhere: all that is left is to take it from the store
+            due = replace(due, message=replace(due.message, retain=False))
+        await self._publishing.publish(due)
 
     async def _beat(self) -> None:
         async with self._database.connection() as connection:
@@ -588,6 +612,7 @@ class Messaging:
 
     async def _clear_up_after(self, node_id: NodeId) -> None:
         """Let go of everything that a process of this node held. Raises Unavailable; then it is done again later."""
+        await self._sessions.drop_forfeited()  # a revocation that it did not follow any more: no wills of these
         while True:
             async with self._database.transaction() as connection:
                 if await storage.hold_node(connection, node_id) and node_id != self.node_id:

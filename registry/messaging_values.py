@@ -255,12 +255,14 @@ class Taken:
 
     `ownership` None: the session is not stored (clean, or ending with its connection), keep it in memory. `resumed`
     None: there was none, or it had to end; tell the client so (Session Present 0). Of two takings of one client, on
-    whatever nodes, the later one has the higher `number`.
+    whatever nodes, the later one has the higher `number`. `will`: of a session that is not stored, the right to the
+    will that is: `release` it as a session.
     """
 
     ownership: Ownership | None
     resumed: StoredSession | None
     number: int = 0
+    will: Ownership | None = None
 
 
 # Routes.
@@ -332,6 +334,11 @@ class Router(Protocol):
         None: its publisher may not publish this any more (a will, mostly). May be called again for the same publication
         after `abandoned`.
         """
+
+    async def will_due(self, publication: Publication) -> bool:
+        """A will (`PendingWill`) is about to be published. Whether it is no broker's message: then it is kept elsewhere
+        when this returns, and `route` gives it nobody. It may be called again for the same will, on another node too.
+        Raises Unavailable: then later."""
 
     def abandoned(self, publication: Publication, routing: Routing) -> None:
         """Nothing was stored with this routing: give back what it reserved."""

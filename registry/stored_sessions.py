@@ -17,13 +17,16 @@ Invariants
 - Wills stand beside the sessions. One is armed while its connection lives, due when that is lost without a goodbye
   and the delay has passed, or the session has ended; then it is published once (publishing.py). The client's return
   before that drops it.
+- A will is in the store before its client hears that it is connected, of whatever kind the session is: no end of a
+  process loses it (MQTT 5.0 §3.1.2.5). A session that is kept in memory has a row for that, with expiry 0 and neither
+  subscriptions nor a queue: it is owned, fenced, forfeited and orphaned like any other, and never resumed.
 - Whether a revocation concerns a session is asked of the credential that opened it, when the revocation is followed,
   when the session is taken, and by a sweep: a lost event may delay the dropping, never cancel it. The end of a
   credential by rotation drops nothing.
 
 What can race: two takers (the row decides, the later one wins), a taking with a publication (either the row is loaded,
-or it finds the new owner), a revocation with a taking with a fresh credential (the session then has that one). What
-can be lost with a crash: a will of a session that is not stored.
+or it finds the new owner), a revocation with a taking with a fresh credential (the session then has that one), a
+goodbye with the end of this process (unless the goodbye was committed the will is published all the same).
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ class StoredSessions:
     async def take(self, opening: Opening) -> Taken:
         """See `Messaging.take`."""
         # Most sessions end with their connections, and most of those find nothing: a storm of them asks in batches.
-        if opening.expiry <= 0:
+        if opening.expiry <= 0 and opening.will is None:
             number = await self._lookups.submit(opening.key)
             if number is not None:
                 return Taken(None, None, number)
@@ -112,7 +115,8 @@ class StoredSessions:
             told.add(place.node_id)
         routed = False
         if place is not None:
-            over = place.expires_at is not None and place.expires_at <= now
+            # What does not outlive its connection ends with being taken over (5.0 §3.1.2.11.2).
+            over = place.expiry <= 0 or (place.expires_at is not None and place.expires_at <= now)
             if not (opening.clean or over or place.forfeited):
                 return await self._resume(connection, place.session_id, opening, now), False
             if place.forfeited:
@@ -125,18 +129,26 @@ class StoredSessions:
         if number is None:
             return None, routed
         told |= announced.told
-        if opening.expiry <= 0:
+        if opening.expiry <= 0 and opening.will is None:
             return Taken(None, None, number), routed
-        stored = await storage.count(connection, opening.key.tenant_id, opening.key.device_id)
-        if stored >= self._limits.sessions_per_device:
-            self.refused += 1
-            raise ResourceExhausted(f"the device has its {self._limits.sessions_per_device} stored sessions")
+        if opening.expiry > 0:
+            await self._check_room(connection, opening.key)
         session_id = await storage.insert(connection, opening, self._node_id)
         if session_id is None:
             return None, routed
         if opening.will is not None:
             await storage.arm_will(connection, session_id, opening.key, opening.will)
-        return Taken(Ownership(session_id, 1), None, number), routed
+        taken = Ownership(session_id, 1)
+        if opening.expiry <= 0:
+            return Taken(None, None, number, will=taken), routed
+        return Taken(taken, None, number), routed
+
+    async def _check_room(self, connection: Connection, key: SessionKey) -> None:
+        """Raises ResourceExhausted."""
+        stored = await storage.count(connection, key.tenant_id, key.device_id)
+        if stored >= self._limits.sessions_per_device:
+            self.refused += 1
+            raise ResourceExhausted(f"the device has its {self._limits.sessions_per_device} stored sessions")
 
     async def _resume(self, connection: Connection, session_id: StoredSessionId, opening: Opening, now: float) -> Taken:
         await storage.resume_without_will(connection, session_id, now)

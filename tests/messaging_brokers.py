@@ -215,6 +215,9 @@ class Broker:
         relays = [Relay(node_id, whole, tuple(texts)) for node_id, (whole, texts) in relayed.items()]
         return Routing(tuple(recipients), tuple(relays), "the broker's own")
 
+    async def will_due(self, publication: Publication) -> bool:
+        return False
+
     def abandoned(self, publication: Publication, routing: Routing) -> None:
         for recipient in routing.recipients:
             served = self.served.get(recipient.session_id)

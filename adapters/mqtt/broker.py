@@ -150,9 +150,9 @@ class Broker:
     # Members --------------------------------------------------------------------------------------------------------
 
     def serve(self, role: DeviceRole) -> None:
-        """A stored session was taken: from now on its messages come to this role."""
-        if role.ownership is not None:
-            self._served[role.ownership.session_id] = role
+        """A session was taken: what comes for it, if it is stored, and word of its end come to this role."""
+        if role.held is not None:
+            self._served[role.held.session_id] = role
 
     async def enter(self, role: DeviceRole) -> None:
         """A device with grants, or with inherited subscriptions, is about to be accepted. Raises Unavailable."""
@@ -164,8 +164,8 @@ class Broker:
 
     def leave(self, role: DeviceRole) -> None:
         """Its connection is gone."""
-        if role.ownership is not None and self._served.get(role.ownership.session_id) is role:
-            del self._served[role.ownership.session_id]
+        if role.held is not None and self._served.get(role.held.session_id) is role:
+            del self._served[role.held.session_id]
         tenant = self._tenants.get(role.tenant_id)
         if tenant is None:
             return
@@ -246,16 +246,6 @@ class Broker:
             self.messaging.relay(publication, _relays(plan))
         self._give_local(plan)
 
-    def publish_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
-        """Publish the will of a session that was not stored."""
-        publication = Publication(tenant_id, device_id, to_store(message))
-        try:
-            future = self.messaging.publish(publication)
-        except Unavailable:
-            self.server.counters.wills_lost += 1
-            return
-        future.add_done_callback(self._will_done)
-
     async def enqueue(self, role: DeviceRole, ownership: Ownership, delivery: Delivery, kept: Retained) -> bool:
         """Put a retained message into a stored session's queue; False: there is no room now.
 
@@ -307,12 +297,19 @@ class Broker:
         name = tuple(message.topic.split("/"))
         if isinstance(publication.origin, PendingWill):
             if reserved(name):
-                return Routing(context=message)  # the will of an uplink's topic: stored as one when it is committed
+                return Routing()  # the will of an uplink's topic, which is stored as one by now
             if not may_publish(publication.origin.grants, name, publication.device_id):
                 return None
         plan = self._planned(publication, message)
         recipients = tuple(self._recipient(plan, session_id, kept) for session_id, kept in plan.stored.items())
         return Routing(recipients, _relays(plan), plan)
+
+    async def will_due(self, publication: Publication) -> bool:
+        message = from_store(publication.message)
+        if not isinstance(publication.origin, PendingWill) or not reserved(tuple(message.topic.split("/"))):
+            return False
+        await self.server.devices.store_will(publication, publication.origin.will_id, message)
+        return True
 
     def abandoned(self, publication: Publication, routing: Routing) -> None:
         for recipient in routing.recipients:
@@ -320,9 +317,6 @@ class Broker:
 
     def committed(self, publication: Publication, published: Published) -> None:
         context = published.routing.context
-        if isinstance(context, Message):
-            self.server.devices.store_will(publication.tenant_id, publication.device_id, context)
-            return
         if not isinstance(context, _Plan):
             return
         self._give_local(context)
@@ -392,8 +386,8 @@ class Broker:
         self._give_local(plan)
 
     def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
-        role = self._owner(ownership)
-        if role is None:
+        role = self._served.get(ownership.session_id)
+        if role is None or role.held != ownership:
             return
         if full:  # its will is the store's
             self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)
@@ -527,10 +521,6 @@ class Broker:
     def _end_soon(self, role: DeviceRole, reason: ReasonCode) -> None:
         """Not at once: the store is in the middle of handing out."""
         self.server.loop.call_soon(partial(role.peer.end, reason, publish_will=reason is ReasonCode.QUOTA_EXCEEDED))
-
-    def _will_done(self, done: asyncio.Future[Published]) -> None:
-        if done.cancelled() or done.exception() is not None:
-            self.server.counters.wills_lost += 1
 
     # Grants that change ---------------------------------------------------------------------------------------------
 

@@ -99,6 +99,7 @@ from registry.messaging_values import (
     Opening,
     OutcomeOpen,
     Ownership,
+    Publication,
     Published,
     SessionKey,
     SessionLost,
@@ -177,7 +178,7 @@ class Devices:
             await asyncio.wait((leaving,))
         tenant_id, device_id, client_id = role.key
         expiry = role.peer.machine.granted_expiry(connect)
-        if expiry <= 0 and connect.clean_start and not connect.client_id:
+        if expiry <= 0 and connect.clean_start and not connect.client_id and connect.will is None:
             return False  # nobody can have had this session
         opening = Opening(
             SessionKey(tenant_id, device_id, client_id),
@@ -192,6 +193,7 @@ class Devices:
             self.server.track(self.server.loop.create_task(self._disown(role.key), name="mqtt disown"))
             raise
         role.taking = taken.number
+        role.will = taken.will
         role.own_session(taken.ownership, taken.resumed)
         self.broker.serve(role)
         return taken.resumed is not None
@@ -251,25 +253,11 @@ class Devices:
             return True
         return await self.server.registry.children.is_child(session.identity, device_id)
 
-    def publish_will(self, role: DeviceRole, message: Message) -> None:
-        """Publish the will of a session that was not stored: stored as an uplink is, or brokered. It was judged when
-        it came, and is judged again."""
-        levels = parse_name(message.topic)
-        if isinstance(publish_target(levels, role.own), UplinkTopic):
-            self.store_will(role.tenant_id, role.own, message)
-        elif may_publish(role.grants, levels, role.own):
-            self.broker.publish_will(role.tenant_id, role.own, message)
-        else:
-            self.server.counters.wills_lost += 1
-
-    def store_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
-        """Store a will on an uplink's topic, as what the device says last, or its gateway for it."""
-        self.server.track(
-            self.server.loop.create_task(self._store_will(tenant_id, device_id, message), name="mqtt will")
-        )
-
-    async def _store_will(self, tenant_id: TenantId, device_id: DeviceId, message: Message) -> None:
-        registry, target = self.server.registry, publish_target(parse_name(message.topic), device_id)
+    async def store_will(self, publication: Publication, will_id: int, message: Message) -> None:
+        """Store a will on an uplink's topic, as what the device says last, or its gateway for it. Once, however often
+        it is tried: it has a message id, of its own or by its number. Raises Unavailable."""
+        registry, tenant_id, device_id = self.server.registry, publication.tenant_id, publication.device_id
+        target = publish_target(parse_name(message.topic), device_id)
         if not isinstance(target, UplinkTopic):
             return
         via = None if target.device_id == device_id else device_id
@@ -277,9 +265,12 @@ class Devices:
             if via is not None and not await registry.children.belongs(tenant_id, via, target.device_id):
                 raise PermissionDenied("the child is another gateway's by now")
             source = Source(tenant_id, target.device_id, Transport.MQTT, via)
-            await registry.uplinks.submit(
-                uplink_of(target, message, source, max_bytes=self.server.limits.payload_bytes)
-            )
+            uplink = uplink_of(target, message, source, max_bytes=self.server.limits.payload_bytes)
+            if uplink.message_id is None:
+                uplink = msgspec.structs.replace(uplink, message_id=f"will-{will_id}")
+            await registry.uplinks.submit(uplink)
+        except Unavailable:
+            raise
         except RegistryError:
             self.server.counters.wills_lost += 1
 
@@ -325,6 +316,7 @@ class DeviceRole:
         "session",
         "taking",
         "tenant_id",
+        "will",
     )
 
     def __init__(self, owner: Devices, peer: Peer, session: RegistrySession, key: Key, grants: DeviceGrants) -> None:
@@ -341,6 +333,8 @@ class DeviceRole:
         self.profile_id = grants.profile_id
         self.ownership: Ownership | None = None
         """The right to serve the session, where it is stored."""
+        self.will: Ownership | None = None
+        """The right to the will, where the session is not stored; the will is."""
         self.taking = 0
         """Its number among the takings of this client, on whatever nodes."""
         self.mqtt = Session(peer.machine.limits)
@@ -362,6 +356,11 @@ class DeviceRole:
     def ready(self) -> bool:
         """Whether a message that is given now can leave now."""
         return self.peer.alive and self.mqtt.attached
+
+    @property
+    def held(self) -> Ownership | None:
+        """What is to be given back when the connection is gone."""
+        return self.ownership or self.will
 
     def own_session(self, ownership: Ownership | None, resumed: StoredSession | None) -> None:
         """The session was taken: continue it, or begin a new one."""
@@ -429,27 +428,25 @@ class DeviceRole:
         self.registry.presence.disconnected(self.session, ended.cause.value if ended is not None else "failed")
         self.registry.sessions.ended(self.session)
         self.broker.leave(self)
-        self._let_go(publish_will=self.mqtt.owes_will)
-        for event in self.mqtt.tick(now):
-            if isinstance(event, WillDue) and self.ownership is None:
-                self.owner.publish_will(self, event.message)
+        self._let_go(publish_will=self.mqtt.owes_will)  # published from the store, when its delay is over
 
     def _let_go(self, *, publish_will: bool) -> None:
-        if self.ownership is None:
+        if self.held is None:
             return
-        task = self.server.loop.create_task(self._release(self.ownership, publish_will), name="mqtt release")
+        task = self.server.loop.create_task(self._release(self.held, publish_will), name="mqtt release")
         self.owner.leaving[self.key] = task
         self.server.track(task)
 
     async def _release(self, ownership: Ownership, publish_will: bool) -> None:
         unsent = [key for key in self.mqtt.unsent if key > 0]
+        expiry = self.mqtt.expiry if self.ownership is not None else 0.0
         try:
             if self._pending:
                 await asyncio.wait(self._pending)
             while True:
                 try:
                     await self.broker.messaging.release(
-                        ownership, publish_will=publish_will, expiry=self.mqtt.expiry, unsent=unsent
+                        ownership, publish_will=publish_will, expiry=expiry, unsent=unsent
                     )
                     return
                 except SessionLost:
@@ -477,10 +474,7 @@ class DeviceRole:
                 self._received(packet_id, key)
             case ReleaseReceived(packet_id):
                 self._released(packet_id)
-            case WillDue(message):
-                if self.ownership is None:
-                    self.owner.publish_will(self, message)
-            case SessionEnded():  # only without a connection
+            case WillDue() | SessionEnded():  # only without a connection
                 pass
             case ConnectRequested() | Ended():
                 raise AssertionError(f"the peer passed {type(event).__name__} on")

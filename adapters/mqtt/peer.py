@@ -254,7 +254,7 @@ class Peer(asyncio.Protocol):
             while (event := machine.next_event(now)) is not None:
                 self._handle(event, now)
             if server.draining and not machine.busy and not machine.closed:
-                machine.disconnect(ReasonCode.SERVER_SHUTTING_DOWN, now, publish_will=False)
+                machine.disconnect(ReasonCode.SERVER_SHUTTING_DOWN, now, publish_will=True)
             data = machine.data_to_send(now)
             if data and self.transport is not None:
                 self.transport.write(data)

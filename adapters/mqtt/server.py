@@ -7,8 +7,10 @@ Time. The machines want one clock that goes on across restarts, because a messag
 UNIX time at the server's start plus what the loop's clock has counted since. It never jumps.
 
 Draining. Nobody new is let in; what was received is stored and acknowledged, for a bounded time; then every peer gets
-DISCONNECT 0x8B in 5.0, a closed connection in 3.1.1, and no will is published: the devices did nothing wrong. What is
-left after that is cut. What can be lost: messages that were not acknowledged; their senders repeat them.
+DISCONNECT 0x8B in 5.0, a closed connection in 3.1.1. Nobody but the client can take a will back [MQTT-3.1.2-8], so
+their delays begin to run, and what is due is published by whichever node looks first: this one, another one, or this
+one after its restart (registry/stored_sessions.py). What is left after that is cut. What can be lost: messages that
+were not acknowledged; their senders repeat them.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ class MqttServer:
             peer.pump()  # who is owed nothing is told goodbye at once, the others when they have their answers
         await self._all_gone(seconds)
         for peer in list(self.peers):
-            peer.end(ReasonCode.SERVER_SHUTTING_DOWN, publish_will=False)
+            peer.end(ReasonCode.SERVER_SHUTTING_DOWN, publish_will=True)
         await self._all_gone(LAST_WORDS)
         for peer in list(self.peers):
             peer.abort()

@@ -44,6 +44,7 @@ class Place:
     session_id: StoredSessionId
     epoch: int
     node_id: NodeId | None
+    expiry: float
     expires_at: float | None
     forfeited: bool
 
@@ -74,7 +75,7 @@ async def find(connection: Connection, key: SessionKey) -> Place | None:
     """The session of a key, its row held."""
     row = await connection.fetchrow(
         f"""
-        SELECT s.session_id, s.epoch, s.node_id, s.expires_at, ({_FORFEITED}) AS forfeited
+        SELECT s.session_id, s.epoch, s.node_id, s.expiry, s.expires_at, ({_FORFEITED}) AS forfeited
         FROM messaging_session s
         WHERE s.tenant_id = $2 AND s.device_id = $3 AND s.client_id = $4
         FOR NO KEY UPDATE OF s
@@ -143,9 +144,11 @@ async def lock(connection: Connection, sessions: Collection[StoredSessionId]) ->
 
 
 async def count(connection: Connection, tenant_id: TenantId, device_id: DeviceId) -> int:
-    """How many sessions are stored for a device."""
+    """How many sessions that outlive their connections are stored for a device."""
     number: int = await connection.fetchval(
-        "SELECT count(*) FROM messaging_session WHERE tenant_id = $1 AND device_id = $2", tenant_id, device_id
+        "SELECT count(*) FROM messaging_session WHERE tenant_id = $1 AND device_id = $2 AND expiry > 0",
+        tenant_id,
+        device_id,
     )
     return number
 

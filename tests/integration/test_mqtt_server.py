@@ -300,7 +300,9 @@ async def test_a_will_is_stored_when_the_device_vanishes_and_dropped_when_it_is_
     async with mqtt.client(version=version) as client:
         await client.connect(device, will=will)
         client.drop()
-        await until(lambda: mqtt.api.registry.sessions.all() == [])
+        async with asyncio.timeout(10):
+            while not await mqtt.uplinks(device.device_id):
+                await asyncio.sleep(0.01)
     async with mqtt.client(version=version) as client:
         await client.connect(device, will=will)
         await client.goodbye()

@@ -18,8 +18,10 @@ from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
 from adapters.coap.endpoint import CoapEndpoint, EndpointPeer
+from adapters.coap.exchanges import Event, RequestReceived
 from adapters.coap.limits import CoapCounters, CoapLimits
-from adapters.coap.peer import Event, Memory, PeerMachine, RequestReceived
+from adapters.coap.memory import Memory
+from adapters.coap.peer import PeerMachine
 from adapters.coap.ports import Request, Response
 
 CON, NON, ACK, RST = Type.CON, Type.NON, Type.ACK, Type.RST

@@ -38,9 +38,11 @@ from uuid import uuid4
 
 from aiocoap.numbers.codes import Code
 
+from adapters.coap.exchanges import NotificationArrived, ObservationEnded, RequestReceived
 from adapters.coap.limits import CoapCounters, CoapLimits
+from adapters.coap.memory import Memory
 from adapters.coap.messages import LocalProtocolError
-from adapters.coap.peer import Memory, NotificationArrived, ObservationEnded, PeerMachine, RequestReceived
+from adapters.coap.peer import PeerMachine
 from adapters.coap.ports import Handler, Promise, Prompt, Response
 
 log: Final = logging.getLogger(__name__)

@@ -40,9 +40,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from random import Random
-from typing import Final, TypeAlias
+from typing import Final
 
-import msgspec
 from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
@@ -51,15 +50,14 @@ from adapters.coap.blockwise import (
     Key,
     Partial,
     Refusal,
-    Snapshots,
-    Uploads,
     answer_key,
     entity_tag,
     upload_key,
 )
 from adapters.coap.codec import decode, encode
-from adapters.coap.duplicates import Duplicates, Entry, Table
-from adapters.coap.limits import CoapCounters, CoapLimits
+from adapters.coap.duplicates import Entry, Table
+from adapters.coap.exchanges import Event, Exchange, NotificationArrived, ObservationEnded, RequestReceived
+from adapters.coap.memory import Memory
 from adapters.coap.messages import LocalProtocolError, Message, RemoteProtocolError
 from adapters.coap.observations import EndCause, Observation, ObservationState, Pending
 from adapters.coap.options import (
@@ -83,88 +81,6 @@ _REMEMBERED_NOTIFICATIONS: Final = 32  # message ids of them, so that a late Res
 _OBSERVE_MODULUS: Final = 1 << 24  # RFC 7641 §3.4
 _REGISTER: Final = 0
 _DEREGISTER: Final = 1
-
-
-class RequestReceived(msgspec.Struct, frozen=True, gc=False):
-    """A whole request. Owed: `respond(exchange, …)`. `observation`: its number, if the client offers one."""
-
-    exchange: int
-    request: Request
-    observation: int | None
-
-
-class NotificationArrived(msgspec.Struct, frozen=True):
-    """The client has acknowledged the notification that was given with this receipt."""
-
-    observation: int
-    receipt: Hashable
-
-
-class ObservationEnded(msgspec.Struct, frozen=True):
-    """An accepted observation ended, not by the caller."""
-
-    observation: int
-    cause: EndCause
-
-
-Event: TypeAlias = RequestReceived | NotificationArrived | ObservationEnded
-
-
-class Memory:
-    """What all peers share: its bounds are over all of them."""
-
-    __slots__ = ("counters", "duplicates", "limits", "snapshots", "uploads")
-
-    def __init__(self, limits: CoapLimits, counters: CoapCounters) -> None:
-        self.limits = limits
-        self.counters = counters
-        self.duplicates = Duplicates(limits, counters)
-        self.uploads = Uploads(limits)
-        self.snapshots = Snapshots(limits, counters)
-
-    def expire(self, now: float) -> None:
-        """Drop what is too old of every peer, the silent ones included."""
-        self.duplicates.expire(now)
-        self.uploads.expire(now)
-        self.snapshots.expire(now)
-
-    def next_expiry(self) -> float | None:
-        """When `expire` has something to do."""
-        ends = (self.duplicates.next_expiry(), self.uploads.next_expiry(), self.snapshots.next_expiry())
-        return min((end for end in ends if end is not None), default=None)
-
-
-class _Exchange:
-    __slots__ = (
-        "ack_due",
-        "acknowledged",
-        "block1",
-        "block2",
-        "confirmable",
-        "entry",
-        "etags",
-        "key",
-        "message_id",
-        "no_response",
-        "number",
-        "observation",
-        "token",
-    )
-
-    def __init__(self, number: int, message: Message, entry: Entry, ack_due: float) -> None:
-        self.number = number
-        self.confirmable = message.type is Type.CON
-        self.message_id = message.message_id
-        self.token = message.token
-        self.entry = entry
-        self.ack_due = ack_due
-        self.acknowledged = False
-        self.no_response = 0
-        self.block1: Block | None = None
-        self.block2: Block | None = None
-        self.etags: tuple[bytes, ...] = ()
-        self.key: Key | None = None
-        self.observation: Observation | None = None
 
 
 class PeerMachine:
@@ -209,8 +125,8 @@ class PeerMachine:
         self._number = 0
         self._sequence = 0  # one for all observations, so that a token that is used again still counts up
         self._table = Table()
-        self._exchanges: dict[int, _Exchange] = {}
-        self._unacknowledged: dict[int, _Exchange] = {}  # in the order of ack_due
+        self._exchanges: dict[int, Exchange] = {}
+        self._unacknowledged: dict[int, Exchange] = {}  # in the order of ack_due
         self._active: Transmission | None = None
         self._waiting: deque[Transmission] = deque()
         self._observations: dict[int, Observation] = {}
@@ -384,7 +300,7 @@ class PeerMachine:
         memory = self._memory
         confirmable = message.type is Type.CON
         self._number += 1
-        exchange = _Exchange(self._number, message, entry, now + self._limits.ack_delay)
+        exchange = Exchange(self._number, message, entry, now + self._limits.ack_delay)
         try:
             options = read_request(message.options)
         except OptionError as error:
@@ -435,7 +351,7 @@ class PeerMachine:
         self._events.append(RequestReceived(exchange.number, request, offered))
 
     def _reassemble(
-        self, exchange: _Exchange, message: Message, options: RequestOptions, block: Block, now: float
+        self, exchange: Exchange, message: Message, options: RequestOptions, block: Block, now: float
     ) -> bytes | None:
         """The whole body; or None, and an answer is on its way."""
         counters = self._memory.counters
@@ -466,7 +382,7 @@ class PeerMachine:
             self._finish_early(exchange, Response(Code.SERVICE_UNAVAILABLE, max_age=self._limits.busy_max_age), now)
         return None
 
-    def _continue(self, exchange: _Exchange, message: Message, now: float) -> bool:
+    def _continue(self, exchange: Exchange, message: Message, now: float) -> bool:
         """Answer a request for a later block from what is kept, or refuse it; False when the handler is to be asked."""
         assert exchange.key is not None
         kept = self._memory.snapshots.get(exchange.key, now)
@@ -481,9 +397,7 @@ class PeerMachine:
         self._finish(exchange, Code.REQUEST_ENTITY_INCOMPLETE, [], b"this answer is kept no longer", now)
         return True
 
-    def _finish_cut(
-        self, exchange: _Exchange, response: Response, options: list[tuple[int, bytes]], now: float
-    ) -> None:
+    def _finish_cut(self, exchange: Exchange, response: Response, options: list[tuple[int, bytes]], now: float) -> None:
         assert exchange.key is not None
         payload = self._cut(exchange.key, exchange.token, response, exchange.block2, options, now)
         if payload is None:
@@ -491,14 +405,14 @@ class PeerMachine:
             return
         self._finish(exchange, response.code, options, payload, now)
 
-    def _finish_early(self, exchange: _Exchange, response: Response, now: float) -> None:
+    def _finish_early(self, exchange: Exchange, response: Response, now: float) -> None:
         self._finish(exchange, response.code, response_options(response), response.payload, now)
 
-    def _answer(self, exchange: _Exchange, code: Code, text: bytes, now: float) -> None:
+    def _answer(self, exchange: Exchange, code: Code, text: bytes, now: float) -> None:
         self._finish(exchange, code, [], text, now)
 
     def _finish(
-        self, exchange: _Exchange, code: Code, options: list[tuple[int, bytes]], payload: bytes, now: float
+        self, exchange: Exchange, code: Code, options: list[tuple[int, bytes]], payload: bytes, now: float
     ) -> None:
         """Send the response of an exchange, the way that its request and the time taken ask for."""
         options.sort(key=_number)
@@ -526,7 +440,7 @@ class PeerMachine:
         self._waiting.append(Transmission(message_id, datagram, observation))
         self._pump(now)
 
-    def _acknowledge(self, exchange: _Exchange) -> None:
+    def _acknowledge(self, exchange: Exchange) -> None:
         """An empty ACK; the response will follow by itself, if at all."""
         self._memory.counters.acknowledgements += 1
         exchange.acknowledged = True
@@ -564,7 +478,7 @@ class PeerMachine:
             return False
         self._narrowed()
         self._number += 1
-        exchange = _Exchange(self._number, message, entry, now)
+        exchange = Exchange(self._number, message, entry, now)
         exchange.key, exchange.block2 = key, options.block2
         block1 = options.block1
         echo = [] if block1 is None else [(BLOCK1, Block(block1.number, False, block1.exponent).encode())]
@@ -626,7 +540,7 @@ class PeerMachine:
 
     # Observations -----------------------------------------------------------------------------------------------------
 
-    def _offer(self, exchange: _Exchange, message: Message, options: RequestOptions, now: float) -> Observation | None:
+    def _offer(self, exchange: Exchange, message: Message, options: RequestOptions, now: float) -> Observation | None:
         if message.code not in (Code.GET, Code.FETCH) or (options.block2 is not None and options.block2.number > 0):
             return None  # RFC 7641 §2, RFC 8132 §2.4; RFC 7959 §2.6
         if (old := self._tokens.get(message.token)) is not None:

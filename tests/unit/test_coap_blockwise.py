@@ -10,8 +10,9 @@ from aiocoap.numbers.codes import Code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters.coap.exchanges import RequestReceived
 from adapters.coap.limits import CoapCounters, CoapLimits
-from adapters.coap.peer import Memory, RequestReceived
+from adapters.coap.memory import Memory
 from tests.coap_peers import CON, NON, Dialogue
 
 BODY = Random(3).randbytes(65_536)

@@ -7,8 +7,8 @@ from aiocoap.numbers.codes import Code
 
 from adapters.coap.codec import encode
 from adapters.coap.limits import CoapCounters, CoapLimits
+from adapters.coap.memory import Memory
 from adapters.coap.messages import LocalProtocolError, Message
-from adapters.coap.peer import Memory
 from adapters.coap.ports import Request
 from tests.coap_peers import ACK, CON, NON, RST, Dialogue, message
 

@@ -22,8 +22,10 @@ import aiocoap
 import pytest
 from aiocoap.numbers.codes import Code
 
+from adapters.coap.exchanges import NotificationArrived, ObservationEnded, RequestReceived
 from adapters.coap.limits import CoapCounters, CoapLimits
-from adapters.coap.peer import Memory, NotificationArrived, ObservationEnded, PeerMachine, RequestReceived
+from adapters.coap.memory import Memory
+from adapters.coap.peer import PeerMachine
 from adapters.coap.ports import Response
 from tests.coap_peers import ACK, CON, RST, message
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from aiocoap.numbers.codes import Code
 
+from adapters.coap.exchanges import NotificationArrived, ObservationEnded
 from adapters.coap.limits import CoapLimits
 from adapters.coap.observations import EndCause
-from adapters.coap.peer import NotificationArrived, ObservationEnded
 from tests.coap_peers import CON, NON, Dialogue
 
 

@@ -76,6 +76,7 @@ class _Change:
     reason: str = ""
     blinked: bool = False
     """It came and went since the last writing that is known to have succeeded."""
+    detail: str = ""
 
 
 class Presence:
@@ -98,8 +99,9 @@ class Presence:
         self._sessions.setdefault(device_id, {})[session.session_id] = facts
         self._put(_Change(device_id, self._node_id, True, facts))
 
-    def disconnected(self, session: Session, reason: str) -> None:
-        """Its connection is over; `reason` is one of the program's own texts. Idempotent, cheap, never raises."""
+    def disconnected(self, session: Session, reason: str, detail: str = "") -> None:
+        """Its connection is over; `reason` is one of the program's own texts, and `detail` says to the operator what
+        exactly was wrong, as the device itself would be told. Idempotent, cheap, never raises."""
         device_id = session.device_id
         held = self._sessions.get(device_id, {})
         facts = held.pop(session.session_id, None)
@@ -107,7 +109,7 @@ class Presence:
             return
         del self._sessions[device_id]
         blinked = device_id not in self._written
-        self._put(_Change(device_id, self._node_id, False, facts, reason, blinked))
+        self._put(_Change(device_id, self._node_id, False, facts, reason, blinked, detail))
 
     async def run(self) -> None:
         """Write behind for ever, beginning with what an earlier life of this node left."""
@@ -228,6 +230,8 @@ def _event(kind: EventKind, change: _Change, tenant_id: TenantId) -> NewEvent:
         data |= {"transport": facts.transport, "peer": facts.peer}
     if kind is EventKind.DEVICE_DISCONNECTED:
         data["reason"] = change.reason
+        if change.detail:
+            data["detail"] = change.detail
     return NewEvent(
         kind,
         tenant_id,

@@ -29,6 +29,7 @@ child is taken from its gateway between the look and the commit (as over HTTPS, 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -58,6 +59,7 @@ from adapters.mqtt.broker import Broker
 from adapters.mqtt.connection import Granted
 from adapters.mqtt.downlinks import Downlinks
 from adapters.mqtt.machine_events import (
+    Cause,
     ConnectRequested,
     Delivered,
     Discarded,
@@ -107,6 +109,7 @@ from registry.messaging_values import (
 )
 from registry.model import Contact, DeviceId, TenantId, Transport
 from registry.payloads import NewUplink, PayloadTooLarge, Source
+from registry.rate_limits import RateLimiter
 from registry.sessions import Session as RegistrySession
 from registry.topic_grants import DeviceGrants
 from registry.uplinks import StoredUplink
@@ -114,6 +117,8 @@ from registry.uplinks import StoredUplink
 if TYPE_CHECKING:
     from adapters.mqtt.peer import Peer
     from adapters.mqtt.server import MqttServer
+
+log: Final = logging.getLogger(__name__)
 
 Key = tuple[TenantId, DeviceId, str]
 """Whose session it is: tenant, device, client id."""
@@ -131,6 +136,7 @@ class Devices:
         self.leaving: dict[Key, asyncio.Task[None]] = {}
         """Sessions whose connection is gone and whose store does not know it yet."""
         self._opening: dict[Key, tuple[asyncio.Lock, int]] = {}
+        self._log_lines = RateLimiter(_LOG_LINES_PER_SECOND, _LOG_LINES_PER_SECOND)
         self._taken_elsewhere: dict[Key, int] = {}
         """Of those that are being opened: the number of a taking on another node."""
 
@@ -246,6 +252,10 @@ class Devices:
                 self._taken_elsewhere.pop(key, None)
             else:
                 self._opening[key] = lock, waiting - 1
+
+    def may_log(self, now: float) -> bool:
+        """Whether there is room in the log for one more line about what a device did wrong."""
+        return self._log_lines.take(None, now) is None
 
     async def speaks_for(self, session: RegistrySession, device_id: DeviceId) -> bool:
         """Whether a device may act for this one: itself, or its child."""
@@ -425,10 +435,27 @@ class DeviceRole:
             self._retry.cancel()
         if self.owner.by_key.get(self.key) is self:
             del self.owner.by_key[self.key]
-        self.registry.presence.disconnected(self.session, ended.cause.value if ended is not None else "failed")
+        self._tell_operator(ended, now)
         self.registry.sessions.ended(self.session)
         self.broker.leave(self)
         self._let_go(publish_will=self.mqtt.owes_will)  # published from the store, when its delay is over
+
+    def _tell_operator(self, ended: Ended | None, now: float) -> None:
+        """How it ended, and what was wrong: 3.1.1 is told nothing of it, and a client may repeat it for ever."""
+        detail = ""
+        if ended is not None and ended.cause in (Cause.VIOLATION, Cause.TIMEOUT):
+            detail = ended.text[:_MAX_TEXT]
+        self.registry.presence.disconnected(self.session, ended.cause.value if ended is not None else "failed", detail)
+        if ended is not None and ended.cause is Cause.VIOLATION and self.owner.may_log(now):
+            fields = {
+                "tenant": str(self.tenant_id),
+                "device": str(self.own),
+                "peer": self.peer.address,
+                "reason": ended.reason.name.lower(),
+                "detail": detail,
+                "correlation_id": self.session.contact.correlation_id,
+            }
+            log.info("mqtt.violation", extra={"fields": fields})
 
     def _let_go(self, *, publish_will: bool) -> None:
         if self.held is None:
@@ -880,6 +907,7 @@ class DeviceRole:
 
 
 _RELEASE_AGAIN_SECONDS: Final = 1.0
+_LOG_LINES_PER_SECOND: Final = 50
 _MAX_TEXT: Final = 200
 
 

@@ -270,6 +270,29 @@ async def test_what_cannot_be_read_is_told_and_never_acknowledged(mqtt: Running,
     assert len(await mqtt.uplinks(device.device_id)) == 1
 
 
+async def test_the_operator_reads_why_a_3_1_1_device_is_closed_that_is_told_nothing(
+    mqtt: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = await mqtt.device()
+    with caplog.at_level("INFO", "adapters.mqtt.device"):
+        async with mqtt.client(version=Version.V311) as client:
+            await client.connect(device)
+            await client.send(Publish("devices/me/telemetry", b"{secret", QoS.AT_LEAST_ONCE, packet_id=9))
+            assert await client.closed() == []
+    await mqtt.api.registry.presence.flush()
+    async with mqtt.api.operator() as operator:
+        events = (await operator.get(f"/api/v1/devices/{device.device_id}/timeline")).json()["events"]
+    (ended,) = (each["data"] for each in events if each["kind"] == "device.disconnected")
+    assert ended["reason"] == "violation"
+    assert ended["detail"].startswith("payload is no JSON: ")
+    (line,) = (record for record in caplog.records if record.message == "mqtt.violation")
+    fields = line.__dict__["fields"]
+    assert (fields["device"], fields["reason"], fields["detail"]) == (
+        device.device_id, "payload_format_invalid", ended["detail"]
+    )  # fmt: skip
+    assert "secret" not in ended["detail"]
+
+
 async def test_cbor_envelopes_and_message_ids(mqtt: Running) -> None:
     device = await mqtt.device()
     async with mqtt.client() as client:

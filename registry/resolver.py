@@ -19,8 +19,9 @@ Unknown and refused credentials do the same work: one look-up by hash through th
 not even when one expired while it was remembered.
 
 A certificate has one more door, `admit_for_renewal`. It opens a little longer than `admit`: for some days after the
-certificate's own end (`certs.renewal`), so that a device that slept through it can still ask for a successor. What it
-gives is a RenewalRight, which no session takes.
+certificate's own end (`certs.renewal`), so that a device that slept through it can still ask for a successor. That is
+only for certificates that this server has issued: an expired one of another authority is renewed there, and here it is
+refused as an unknown one is. What the door gives is a RenewalRight, which no session takes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from registry.observation import NOBODY, AuthOutcome, Observer
 from registry.ports import RefusalLog
 from registry.sealing import KeyRing, SealBroken, SealContext
 from registry.secrets import RandomBytes, Secret
-from registry.storage import admission, credentials
+from registry.storage import admission, certificates, credentials
 from registry.storage.admission import CredentialState
 from registry.storage.database import Database
 
@@ -141,7 +142,7 @@ class Resolver:
         """The right to ask for the certificate's successor, also within the grace after its end.
 
         Raises Unauthenticated (alike for every reason), Unavailable. A certificate that is not yet valid never has it,
-        nor one that a rotation ended before its own date.
+        nor one that a rotation ended before its own date, nor an expired one that another authority has issued.
         """
         lookup = lookup_of(evidence)
         state = await self._find(lookup, contact)
@@ -149,7 +150,11 @@ class Resolver:
             raise self._refuse(None, f"unknown {lookup[0].value}", contact)
         now = self._clock()
         reason = _judge(state, now)
-        in_grace = reason == _EXPIRED and _in_grace(state, evidence.der, now, self._renewal_grace)
+        in_grace = (
+            reason == _EXPIRED
+            and _in_grace(state, evidence.der, now, self._renewal_grace)
+            and await self._issued_here(state)
+        )
         if reason is not None and not in_grace:
             raise self._refuse(state, reason, contact)
         return RenewalRight(state.tenant_id, state.device_id, state.credential_id, in_grace)
@@ -270,6 +275,10 @@ class Resolver:
     async def _read_again(self, wanted: Sequence[CredentialId]) -> Sequence[CredentialState | None]:
         found = await self.states(wanted)
         return [found.get(each) for each in wanted]
+
+    async def _issued_here(self, state: CredentialState) -> bool:
+        async with self._database.connection() as connection:
+            return await certificates.of_credential(connection, state.tenant_id, state.credential_id) is not None
 
     async def _record_first_use(self, state: CredentialState, contact: Contact) -> None:
         async with self._database.transaction() as connection:

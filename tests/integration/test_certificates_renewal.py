@@ -271,6 +271,10 @@ async def test_foreign_certificates_and_keys_are_not_renewed_here(
     given = await services.resolver.admit_for_renewal(ClientCertificate(der(pem)), CONTACT)
     with pytest.raises(FailedPrecondition, match="foreign"):
         await services.enrolment.renew(given, DeviceKey.new().csr(), CONTACT)
+    services.clock.now = x509.load_pem_x509_certificate(pem).not_valid_after_utc + timedelta(hours=1)
+    with pytest.raises(Unauthenticated) as refused:
+        await services.resolver.admit_for_renewal(ClientCertificate(der(pem)), CONTACT)
+    assert refused.value.reason == "credential expired", "the days of grace are for what is renewed here"
 
 
 async def test_a_device_that_was_moved_to_api_keys_renews_no_certificate(

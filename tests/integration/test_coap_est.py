@@ -158,6 +158,25 @@ async def test_a_foreign_certificate_is_its_own_authority_s_to_renew(coap: Runni
         assert (large.code, large.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, MAXIMUM_REQUEST_BYTES)
 
 
+async def test_an_expired_certificate_of_another_authority_is_refused_as_an_unknown_one_is(dsn: str) -> None:
+    clock = MovableClock()
+    async with running_api(dsn, clock=clock) as running, serving_coap(running) as coap:
+        foreign, unknown = make_client_certificate("foreign"), make_client_certificate("unknown")
+        made = await coap.api.registered()
+        pem = foreign.certificate.public_bytes(Encoding.PEM).decode()
+        await coap.post(f"/devices/{made['device_id']}/certs", {"certificate": pem, "overlap_seconds": 0})
+        clock.offset = foreign.certificate.not_valid_after_utc - now() + timedelta(hours=1)
+        told = []
+        for each in (foreign, unknown):
+            async with coap.client(certificate_client_context(each)) as client:
+                answers = [await client.get(path) for path in ("/time", "/config", "/.well-known/est/crts")]
+                answers.append(await client.post("/.well-known/est/sen", request(each.key, x509.Name([])), PKCS10))
+                await client.closed()
+                told.append([(answer.code, answer.payload.partition(b" (")[0]) for answer in answers])
+        assert told[0] == told[1]
+        assert {code for code, _ in told[0]} == {Code.UNAUTHORIZED}
+
+
 async def test_a_first_name_of_enrolment_takes_any_subject_and_gives_the_registry_s(coap: Running) -> None:
     old = await holder(coap)
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "whatever")])

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import random
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -405,3 +406,23 @@ def plain_socket(port: int, local: str = "127.0.0.1") -> socket.socket:
     made.connect(("127.0.0.1", port))
     made.settimeout(5)
     return made
+
+
+async def refusal(port: int, context: SSL.Context) -> tuple[float, list[bytes]]:
+    """A handshake that must fail: seconds from the client's last flight to the alert, and every datagram heard."""
+    client, made, loop = Client(context), plain_socket(port), asyncio.get_running_loop()
+    made.setblocking(False)
+    try:
+        heard: list[bytes] = []
+        out, spent = client.step(), 0.0
+        while client.error is None:
+            assert not client.done, "the handshake succeeded"
+            begun = time.perf_counter()
+            for datagram in out:
+                made.send(datagram)
+            heard.append(await asyncio.wait_for(loop.sock_recv(made, 4096), 20))
+            spent = time.perf_counter() - begun
+            out = client.feed(heard[-1])
+        return spent, heard
+    finally:
+        made.close()

@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from statistics import median, quantiles
@@ -42,7 +41,7 @@ from adapters.coap.server_limits import ServerLimits
 from registry.resolver import Resolver
 from registry.storage import admission
 from tests.coap_server import CBOR, CoapDevice, Running, claim_context, key_bytes, serving_coap
-from tests.dtls_peers import Client, certificate_client_context, make_client_certificate, plain_socket
+from tests.dtls_peers import certificate_client_context, make_client_certificate, refusal
 from tests.http_api import BASE, Api, api, now, running_api  # noqa: F401
 
 CERTIFICATES = ("unknown", "revoked", "expired", "inactive")
@@ -57,26 +56,6 @@ async def coap(api: Api) -> AsyncIterator[Running]:  # noqa: F811
         yield running
 
 
-async def refusal(port: int, context: SSL.Context) -> tuple[float, tuple[object, ...]]:
-    """Seconds from the last flight to the alert; the length of each datagram heard, and the alert."""
-    client, made, loop = Client(context), plain_socket(port), asyncio.get_running_loop()
-    made.setblocking(False)
-    try:
-        heard: list[bytes] = []
-        out = client.step()
-        while client.error is None:
-            assert not client.done, "the handshake succeeded"
-            begun = time.perf_counter()
-            for datagram in out:
-                made.send(datagram)
-            heard.append(await asyncio.wait_for(loop.sock_recv(made, 4096), 20))
-            spent = time.perf_counter() - begun
-            out = client.feed(heard[-1])
-        return spent, (*map(len, heard), heard[-1])
-    finally:
-        made.close()
-
-
 async def compared(port: int, kinds: Mapping[str, SSL.Context], at_most: int = 8) -> tuple[float, float]:
     """The largest distance between two kinds' floors, as a share of the least, and what it may be; once it is within
     that, or after `at_most` times SAMPLES rounds."""
@@ -89,8 +68,8 @@ async def compared(port: int, kinds: Mapping[str, SSL.Context], at_most: int = 8
     for _ in range(at_most):
         for _ in range(SAMPLES):
             for name in order.sample(list(kinds), len(kinds)):
-                spent, shape = await refusal(port, kinds[name])
-                shapes.add(shape)
+                spent, heard = await refusal(port, kinds[name])
+                shapes.add((*map(len, heard), heard[-1]))
                 times[name].append(spent)
         assert len(shapes) == 1, shapes
         floors = {name: floor(each) for name, each in times.items()}

@@ -31,6 +31,7 @@ from tests.dtls_peers import (
     make_client_certificate,
     plain_socket,
     psk_client_context,
+    refusal,
     serving,
     udp_client,
 )
@@ -402,27 +403,6 @@ async def test_who_is_in_is_heard_before_strangers_and_their_crowd_is_bounded() 
 
 
 # What a refusal shows -------------------------------------------------------------------------------------------------
-
-
-async def refusal(port: int, context: Any) -> tuple[float, list[bytes]]:
-    """Seconds from the last flight to the alert, and all that was heard with what is random in it left out."""
-    client, made = Client(context), plain_socket(port)
-    made.setblocking(False)
-    loop = asyncio.get_running_loop()
-    try:
-        heard: list[bytes] = []
-        out = client.step()
-        while client.error is None:
-            begun = time.perf_counter()
-            for datagram in out:
-                made.send(datagram)
-            answer = await asyncio.wait_for(loop.sock_recv(made, 4096), 20)
-            spent = time.perf_counter() - begun
-            heard.append(answer)
-            out = client.feed(answer)
-        return spent, heard
-    finally:
-        made.close()
 
 
 async def test_a_wrong_key_and_an_unknown_identity_look_and_last_alike() -> None:

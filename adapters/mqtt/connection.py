@@ -148,8 +148,12 @@ class _Pending:
 
 @dataclass(frozen=True, slots=True)
 class _Subscribing:
+    """A SUBSCRIBE under way. Its filters count as if they came one after the other [MQTT-3.8.4-5], so one for which
+    there is no room waits for those before it, which may be refused; `asked` are places in `requests`."""
+
     packet_id: int
     requests: tuple[tuple[SubscriptionRequest, Filter | None, ReasonCode | None], ...]
+    asked: tuple[int, ...]
     identifier: int | None
 
 
@@ -395,7 +399,8 @@ class Connection:
         self._refuse(reason, now, Cause.REFUSED, text)
 
     def subscribed(self, packet_id: int, reasons: Sequence[ReasonCode], now: float) -> tuple[Granted, ...]:
-        """One reason for each request of SubscribeRequested: the granted QoS, or a failure. Sends SUBACK.
+        """One reason for each request of SubscribeRequested: the granted QoS, or a failure. Sends SUBACK, or asks again
+        for those that waited for room.
 
         The answer lists what now stands; give it to the table of subscriptions, then deliver the retained messages.
         """
@@ -404,20 +409,17 @@ class Connection:
         judged = self._judging
         if not isinstance(judged, _Subscribing) or judged.packet_id != packet_id:
             raise LocalProtocolError(f"no SUBSCRIBE {packet_id} waits for an answer")
-        if len(reasons) != sum(preset is None for _, _, preset in judged.requests):
+        if len(reasons) != len(judged.asked):
             raise LocalProtocolError("one reason for each request")
-        self._judging = None
         self._heard_at = now
-        answers: list[ReasonCode] = []
         granted: list[Granted] = []
-        given = iter(reasons)
-        for request, topic_filter, preset in judged.requests:
-            reason = next(given) if preset is None else preset
-            answers.append(reason)
-            if reason.failed or topic_filter is None:
-                continue
-            granted.append(self._grant(self.session, request, topic_filter, reason, judged.identifier))
-        self._send(Suback(packet_id, tuple(answers)), now)
+        requests = list(judged.requests)
+        for at, reason in zip(judged.asked, reasons, strict=True):
+            request, topic_filter, _ = requests[at]
+            requests[at] = request, topic_filter, reason
+            if not reason.failed and topic_filter is not None:
+                granted.append(self._grant(self.session, request, topic_filter, reason, judged.identifier))
+        self._ask_for(packet_id, requests, judged.identifier, now)
         return tuple(granted)
 
     def unsubscribed(self, packet_id: int, now: float) -> None:
@@ -702,9 +704,7 @@ class Connection:
             self._events.append(ReleaseReceived(packet.packet_id))
 
     def _on_subscribe(self, packet: Subscribe, now: float) -> None:
-        limits = self.limits
         identifiers = packet.properties.subscription_identifiers
-        known = set(self._session.subscriptions)
         judged: list[tuple[SubscriptionRequest, Filter | None, ReasonCode | None]] = []
         for request in packet.requests:
             topic_filter = self._filter(request.filter)
@@ -713,19 +713,37 @@ class Connection:
                 continue
             if request.no_local and topic_filter.group is not None:
                 raise violation("no local on a shared subscription")  # [MQTT-3.8.3-4]
-            if request.filter not in known and len(known) >= limits.subscriptions:
-                judged.append((request, None, ReasonCode.QUOTA_EXCEEDED))
-                self.subscriptions_full += 1
-                continue
-            known.add(request.filter)
             judged.append((request, topic_filter, None))
-        identifier = identifiers[0] if identifiers else None
-        self._judging = _Subscribing(packet.packet_id, tuple(judged), identifier)
-        asked = tuple(request for request, _, preset in judged if preset is None)
-        if not asked:
-            self.subscribed(packet.packet_id, (), now)
+        self._ask_for(packet.packet_id, judged, identifiers[0] if identifiers else None, now)
+
+    def _ask_for(
+        self,
+        packet_id: int,
+        requests: list[tuple[SubscriptionRequest, Filter | None, ReasonCode | None]],
+        identifier: int | None,
+        now: float,
+    ) -> None:
+        """Ask for as many as there is room for; with nothing left to ask, send SUBACK."""
+        known = set(self._session.subscriptions)
+        asked: list[int] = []
+        for at, (request, topic_filter, reason) in enumerate(requests):
+            if reason is not None:
+                continue
+            if request.filter in known or len(known) < self.limits.subscriptions:
+                known.add(request.filter)
+                asked.append(at)
+            elif asked:
+                break  # these may be refused, and leave their room
+            else:
+                requests[at] = request, topic_filter, ReasonCode.QUOTA_EXCEEDED
+                self.subscriptions_full += 1
+        if asked:
+            self._judging = _Subscribing(packet_id, tuple(requests), tuple(asked), identifier)
+            wanted = tuple(requests[at][0] for at in asked)
+            self._events.append(SubscribeRequested(packet_id, wanted, identifier))
             return
-        self._events.append(SubscribeRequested(packet.packet_id, asked, identifier))
+        self._judging = None
+        self._send(Suback(packet_id, tuple(reason for _, _, reason in requests if reason is not None)), now)
 
     def _on_unsubscribe(self, packet: Unsubscribe) -> None:
         for text in packet.filters:

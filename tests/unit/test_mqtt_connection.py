@@ -1058,7 +1058,10 @@ def test_subscriptions_are_judged_outside_and_answered_in_order() -> None:
         SubscriptionRequest("forbidden/#", Q1),
         SubscriptionRequest("/" * 64, Q1),
         SubscriptionRequest("$share/g/b", Q1),
+        SubscriptionRequest("third", Q0),
         SubscriptionRequest("one/too/many", Q0),
+        SubscriptionRequest("a/+", Q0),
+        SubscriptionRequest("another/too/many", Q0),
     )
     subscribe = Subscribe(9, requests, Properties(subscription_identifiers=(77,)))
     assert peer.sends(subscribe, PINGREQ) == [SubscribeRequested(9, (requests[0], requests[1], requests[3]), 77)]
@@ -1068,11 +1071,28 @@ def test_subscriptions_are_judged_outside_and_answered_in_order() -> None:
     shared = Subscription(parse_filter("$share/g/b"), Q1, identifier=77)
     assert granted == (Granted(first, None, True), Granted(shared, None, False))
     assert session.subscriptions == {"a/+": first, "$share/g/b": shared}
-    peer.events()
+    assert peer.events() == [SubscribeRequested(9, (requests[4],), 77)]  # the refused one has left its room
+    assert peer.gets() == []
+    granted = peer.connection.subscribed(9, (R.SUCCESS,), 0)
+    assert [one.subscription.filter.text for one in granted] == ["third"]
+    assert peer.events() == [SubscribeRequested(9, (requests[6],), 77)]  # the same filter again takes no room
+    (again,) = peer.connection.subscribed(9, (R.SUCCESS,), 0)
+    assert again.replaced == first
+    assert peer.events() == []
+    assert peer.connection.subscriptions_full == 2
     assert peer.gets() == [
         Suback(
             9,
-            (R.GRANTED_QOS_1, R.NOT_AUTHORIZED, R.TOPIC_FILTER_INVALID, R.GRANTED_QOS_1, R.QUOTA_EXCEEDED),
+            (
+                R.GRANTED_QOS_1,
+                R.NOT_AUTHORIZED,
+                R.TOPIC_FILTER_INVALID,
+                R.GRANTED_QOS_1,
+                R.SUCCESS,
+                R.QUOTA_EXCEEDED,
+                R.SUCCESS,
+                R.QUOTA_EXCEEDED,
+            ),
         ),
         PINGRESP,
     ]

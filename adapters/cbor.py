@@ -23,6 +23,8 @@ from registry.model import Json
 MAX_DEPTH: Final = 64
 """Levels of arrays and maps, as in JSON payloads (registry/payloads.py)."""
 
+_SELF_DESCRIBED: Final = b"\xd9\xd9\xf7"
+"""The tag 55799 before a whole body: it says that this is CBOR and changes nothing (RFC 8949 §3.4.6)."""
 _TIMES: Final = frozenset({0, 1})
 """RFC 8949 §3.4.1 and §3.4.2: a date/time text, and seconds since 1970."""
 _ALLOWED: Final = "allowed are numbers, texts, byte strings, true, false, null, arrays, maps with text keys, and times"
@@ -30,6 +32,7 @@ _ALLOWED: Final = "allowed are numbers, texts, byte strings, true, false, null, 
 
 def decode_cbor(raw: bytes) -> Json:
     """The one value in these bytes. Raises InvalidArgument."""
+    raw = raw.removeprefix(_SELF_DESCRIBED)
     _check_heads(raw)
     try:
         value = CBORDecoder(BytesIO(raw), max_depth=MAX_DEPTH, allow_duplicate_keys=False).decode()

@@ -19,6 +19,7 @@ The text is kept as it came: member order, duplicates, spelling of numbers. Pure
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -119,7 +120,7 @@ def payload_from_json(raw: bytes, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Payl
 def payload_from_value(value: Json, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Payload:
     """The payload that a decoded value (from CBOR) is in JSON. Raises InvalidArgument.
 
-    Byte strings become base64 text, times RFC 3339 text, NaN and infinities null (RFC 8949 §6.1).
+    Byte strings become base64 text, times RFC 3339 text. NaN and infinities, which JSON does not have, are refused.
     """
     try:
         raw = msgspec.json.encode(value)
@@ -131,6 +132,9 @@ def payload_from_value(value: Json, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Pa
         raise PayloadTooLarge(
             f"payload has {len(raw)} bytes when it is written as JSON; allowed are up to {max_bytes}", field="payload"
         )
+    # The encoder writes what is not finite as null; to store that would be to lose it without a word.
+    if b"null" in raw and (culprit := _not_finite(value)) is not None:
+        raise _refused(f"{culprit} is NaN or infinite; allowed are finite numbers, and null where there is none")
     return Payload(payload_from_json(raw, max_bytes=max_bytes).text, value)
 
 
@@ -201,6 +205,20 @@ def _depth_exceeds(value: Json, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def _not_finite(value: Json) -> str | None:
+    """Where a float stands that is none of the numbers of JSON; None where there is no such."""
+    waiting: list[tuple[str, Json]] = [("payload", value)]
+    while waiting:
+        where, part = waiting.pop()
+        if type(part) is float and not math.isfinite(part):
+            return where
+        if type(part) is dict:
+            waiting.extend((shown(name), each) for name, each in part.items())
+        elif type(part) is list:
+            waiting.extend((where, each) for each in part)
+    return None
 
 
 def _texts(value: Json) -> Iterator[str]:

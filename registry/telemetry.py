@@ -13,8 +13,8 @@ Decisions, where the contract is silent:
   `rack1.psu2.voltage` is the sensor `voltage` of the component `rack1.psu2`. Without a dot the component is `main`.
   Each of the two is 1–128 printable characters (no control, format or separator characters but the space).
 - `values` and `observed_at` are the words of the dated form; alone they are no sensor names (they would be a mistake).
-- `null` is "nothing to report" and gives no reading: it is what common encoders write for NaN, and a sensor that fails
-  must not cost the readings of its neighbours. CBOR's NaN is the same thing. Infinities are refused.
+- `null` is "nothing to report" and gives no reading: a sensor that fails must not cost the readings of its neighbours.
+  NaN and infinities, which only CBOR has, are refused: what is acknowledged is stored, and JSON cannot store them.
 - Integers outside 64 bits are refused rather than rounded; a sender that can live with rounding writes `1.8e19`.
 - Text is at most 4 KiB of UTF-8, without NUL, which PostgreSQL cannot keep.
 - An object or array without members is refused: somebody forgot something.
@@ -153,9 +153,9 @@ def _checked_value(name: str, value: Json) -> Value | None:
         return None
     kind = type(value)
     if kind is float:
-        if math.isinf(value):
-            raise InvalidArgument(f"{shown(name)} is infinite; allowed are finite numbers")
-        return None if math.isnan(value) else float(value)
+        if not math.isfinite(value):
+            raise InvalidArgument(f"{shown(name)} is NaN or infinite; allowed are finite numbers and null")
+        return float(value)
     if kind is bool:
         return bool(value)
     if kind is int:

@@ -44,7 +44,8 @@ async def test_every_kind_of_uplink_in_both_formats(coap: Running) -> None:
         for path, value in sent.items():
             for content_format in (JSON, CBOR):
                 assert (await client.post(path, value, content_format)).code is Code.CHANGED
-        assert (await client.post("telemetry", cbor2.dumps({"main.t": 2}), None)).code is Code.CHANGED
+        self_described = cbor2.dumps(cbor2.CBORTag(55799, {"main.t": 2}))
+        assert (await client.post("telemetry", self_described, None)).code is Code.CHANGED
         assert (await client.post("telemetry", b'{"main.t": 3}', None)).code is Code.CHANGED
     stored = await coap.uplinks(device.device_id)
     kinds = sorted(u["kind"] for u in stored)
@@ -86,6 +87,10 @@ async def test_refusals_say_what_and_store_nothing(coap: Running) -> None:
         assert await refused("/telemetry", b"\xa1") is Code.BAD_REQUEST
         assert await refused("/telemetry", b'{"a": [[]]}') is Code.BAD_REQUEST
         assert await refused("/uplink", b'{"kind": "K!", "payload": 1}') is Code.BAD_REQUEST
+        for number in (float("nan"), float("inf")):
+            assert await refused("/telemetry", cbor2.dumps({"t": number, "u": 1})) is Code.BAD_REQUEST
+            envelope = cbor2.dumps({"kind": "telemetry", "payload": {"t": number, "u": 1}})
+            assert await refused("/uplink", envelope) is Code.BAD_REQUEST
         assert await refused("/telemetry", b"{}", query=["message_id=" + "x" * 129]) is Code.BAD_REQUEST
         assert await refused("/telemetry", content_format=0) is Code.UNSUPPORTED_CONTENT_FORMAT
         assert await refused("/telemetry", content_format=110) is Code.UNSUPPORTED_CONTENT_FORMAT

@@ -97,6 +97,7 @@ async def test_cbor_says_the_same(https: Https) -> None:  # noqa: F811
             b"\xa1\x01\x02",
             b"\x81" * 10_000 + b"\x00",
             cbor2.dumps({"t": float("inf")}),
+            cbor2.dumps({"t": float("nan"), "u": 1}),
             cbor2.dumps(cbor2.CBORTag(35, "a+")),
             cbor2.dumps({"t": 2**70}),
             cbor2.dumps({}),
@@ -106,6 +107,10 @@ async def test_cbor_says_the_same(https: Https) -> None:  # noqa: F811
         answer = await caller.post(path, content=cbor2.dumps({"kind": "event", "payload": 1, "x": 1}), headers=CBOR)
         assert answer.status_code == 400
         assert '"x"' in answer.json()["message"]
+        unstorable = cbor2.dumps({"kind": "event", "payload": {"r": float("nan")}})
+        answer = await caller.post(path, content=unstorable, headers=CBOR)
+        assert answer.status_code == 400
+        assert "'r' is NaN or infinite" in answer.json()["message"]
     [reading] = await stored(https.api, device["device_id"], "readings")
     assert (reading["value"], reading["observed_at"]) == (21.5, "2026-05-29T10:15:00Z")
     [event] = await stored(https.api, device["device_id"], kind="event")

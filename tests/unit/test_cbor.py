@@ -85,6 +85,27 @@ def test_what_devices_should_not_send_is_refused(raw: bytes) -> None:
         decode_cbor(raw)
 
 
+@given(VALUES)
+@example({"a": 1})
+@settings(max_examples=100, deadline=None)
+def test_self_described_it_is_the_same(value: object) -> None:
+    """RFC 8949 §3.4.6."""
+    assert decode_cbor(b"\xd9\xd9\xf7" + cbor2.dumps(value)) == value
+
+
+def test_the_tag_that_says_nothing_hides_nothing() -> None:
+    self_described = b"\xd9\xd9\xf7"
+    for raw in (
+        self_described,
+        self_described + b"\x00\x00",
+        self_described + b"\xd8\x1c\x81\xd8\x1d\x00",
+        b"\xa2\x61a\x01" + self_described + b"\x61a\x02",
+        self_described * 2 + b"\x00",
+    ):
+        with pytest.raises(InvalidArgument, match="CBOR"):
+            decode_cbor(raw)
+
+
 def test_times_undefined_and_depth() -> None:
     moment = datetime(2013, 3, 21, 20, 4, tzinfo=UTC)
     assert decode_cbor(cbor2.dumps(cbor2.CBORTag(0, "2013-03-21T20:04:00Z"))) == moment

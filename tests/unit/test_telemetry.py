@@ -107,8 +107,8 @@ def test_other_names_are_refused_without_being_repeated_raw(name: str) -> None:
     assert len(refusal.value.message) < 300
 
 
-def test_null_and_not_a_number_report_nothing_and_cost_their_neighbours_nothing() -> None:
-    assert readings_of({"a": None, "b": math.nan, "c": 3}) == [("main", "c", 3)]
+def test_null_reports_nothing_and_costs_its_neighbours_nothing() -> None:
+    assert readings_of({"a": None, "c": 3}) == [("main", "c", 3)]
     assert readings_of({"a": None}) == []
 
 
@@ -122,6 +122,7 @@ def test_values_at_their_limits_are_taken(value: object) -> None:
     [
         (2**63, "beyond 64 bits"),
         (-(2**63) - 1, "beyond 64 bits"),
+        (math.nan, "NaN"),
         (math.inf, "infinite"),
         (-math.inf, "infinite"),
         ("é" * (MAX_TEXT_BYTES // 2) + "x", f"{MAX_TEXT_BYTES + 1} bytes"),
@@ -304,7 +305,7 @@ def test_random_bytes_are_a_payload_or_the_declared_error(raw: bytes) -> None:
 
 
 def test_a_decoded_value_becomes_json_and_stays_readable() -> None:
-    payload = payload_from_value({"t": 1.5, "n": math.nan, "when": NOON, "raw": b"\x00\xff"})
+    payload = payload_from_value({"t": 1.5, "n": None, "when": NOON, "raw": b"\x00\xff"})
     assert json.loads(payload.text) == {"t": 1.5, "n": None, "when": "2026-05-29T12:00:00Z", "raw": "AP8="}
     assert payload.value["t"] == 1.5
 
@@ -313,6 +314,19 @@ def test_a_decoded_value_becomes_json_and_stays_readable() -> None:
 def test_a_value_that_json_has_no_word_for_is_refused(value: object) -> None:
     with pytest.raises(InvalidArgument):
         payload_from_value(value)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_json_has_no_number_for_is_refused_wherever_it_stands_and_not_stored_as_null(number: float) -> None:
+    for value, where in (
+        (number, "payload"),
+        ([1, [number]], "payload"),
+        ({"a": None, "t": number}, "'t'"),
+        ({"values": [{"deep\n": [0.5, number]}]}, r"'deep\\n'"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{where} is NaN or infinite"):
+            payload_from_value(value)
+    assert payload_from_value({"note": "null", "n": None}).value == {"note": "null", "n": None}
 
 
 def test_a_value_that_contains_itself_is_refused() -> None:

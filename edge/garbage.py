@@ -7,7 +7,7 @@ every 700 objects that are more than before, and finds the ten thousand messages
 again, and behind them every object that the modules made when they were loaded.
 
 So what the start has made is put aside for good (`gc.freeze`): it lives as long as the process, and a full collection
-took 170 ms and more with it, 20 to 70 without. And the collector looks after 30,000 objects instead of 700: some
+took 95 ms of a core with it, 20 to 70 without. And the collector looks after 30,000 objects instead of 700: some
 20 ms for a look under the heaviest load, some MB of garbage between two looks. docs/decisions.md has the figures.
 """
 

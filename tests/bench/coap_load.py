@@ -211,7 +211,21 @@ def _handshakes(task: Task, wires: dict[int, Wire], poll: select.epoll) -> Seen:
                 wires[wire.socket.fileno()] = wire
                 poll.register(wire.socket.fileno(), select.EPOLLIN)
                 wire.say(wire.side.hello())
-    return Seen(done, time.perf_counter() - began, stalled, _cpu() - spent)
+    seen = Seen(done, time.perf_counter() - began, stalled, _cpu() - spent)
+    _finish(wires, poll)
+    return seen
+
+
+def _finish(wires: dict[int, Wire], poll: select.epoll) -> None:
+    """Let what is under way come to its end: libcoap has room for 100 half-open handshakes and keeps them for 30 s."""
+    while wires and (ready := poll.poll(_PATIENCE)):
+        for fd, _ in ready:
+            wire = wires[fd]
+            wire.say(wire.side.receive(wire.socket.recv(_DATAGRAM)))
+            if wire.side.done:
+                wire.say(wire.side.goodbye())
+                poll.unregister(fd)
+                wires.pop(fd).socket.close()
 
 
 def establish(task: Task, sides: Sequence[Side], at_once: int = 32) -> list[Wire]:

@@ -18,6 +18,9 @@ A message id makes an uplink idempotent beyond the message layer's deduplication
 the query `?message_id=` on any of them. A device that never got its 2.04, and comes back after the exchange's lifetime
 or over another association, sends it with the same id and it is stored once.
 
+A query is part of what is asked for (RFC 7252 §5.10.1), and its option is a critical one. So a query that a resource
+does not take is refused with 4.00 and its name: to pass over `?device_id=` would store a child's readings as one's own.
+
 No state. What is acknowledged is stored; what is not may be stored or not, and is to be sent again.
 """
 
@@ -55,6 +58,7 @@ from registry.model import CommandId, Contact, SessionId, Transport
 from registry.payloads import TELEMETRY, NewUplink, Payload, PayloadTooLarge, Source, telemetry_from, uplink_from
 from registry.rate_limits import RateLimiter
 from registry.sessions import Session
+from registry.telemetry import shown
 from registry.uplinks import StoredUplink
 
 _CHANGED: Final = Response(Code.CHANGED)
@@ -101,6 +105,8 @@ class _Resource:
     """Who is told of it by `/.well-known/core`."""
     certificate: bool = False
     """Only devices that came with a certificate are."""
+    queried: bool = False
+    """It reads the request's queries; where it does not, none may be there."""
 
     def shown_to(self, role: Role) -> bool:
         """Whether this role may use it, and so is told of it."""
@@ -125,7 +131,9 @@ class Resources:
         device, everybody = (Device,), (Device, Claimant, Renewer)
         json_cbor = (formats.JSON, formats.CBOR)
         self._resources: dict[tuple[str, ...], _Resource] = {
-            (path,): _Resource({Code.POST: self._uplink}, Link((path,), content_formats=json_cbor), device)
+            (path,): _Resource(
+                {Code.POST: self._uplink}, Link((path,), content_formats=json_cbor), device, queried=True
+            )
             for path in (*_KINDS, "uplink")  # _UPLINKS, in the order in which they are shown
         }
         self._resources |= {
@@ -143,6 +151,7 @@ class Resources:
                 {Code.GET: self._next_command},
                 Link(("commands",), title="unfinished commands", content_formats=json_cbor, observable=True),
                 device,
+                queried=True,
             ),
             ("provision",): _Resource(
                 {Code.POST: self._provision}, Link(("provision",), content_formats=json_cbor), (Claimant,)
@@ -151,7 +160,7 @@ class Resources:
                 {Code.GET: self._time}, Link(("time",), content_formats=(*json_cbor, formats.TEXT)), everybody
             ),
             WELL_KNOWN_CORE: _Resource(
-                {Code.GET: self._core}, Link(WELL_KNOWN_CORE, content_formats=(LINK_FORMAT,)), ()
+                {Code.GET: self._core}, Link(WELL_KNOWN_CORE, content_formats=(LINK_FORMAT,)), (), queried=True
             ),
         }
         for served in est.resources():
@@ -200,6 +209,8 @@ class Resources:
         if serve is None:
             allowed = ", ".join(method.name for method in resource.methods)
             raise Unserved(Code.METHOD_NOT_ALLOWED, f"{request.method.name} is not served here; {allowed} is")
+        if request.query and not resource.queried:
+            _query(request, None)
         return serve
 
     def _spend(self, role: Role) -> None:
@@ -352,13 +363,20 @@ def _by_role(serve: EstServe) -> _Serve:
     return answer
 
 
-def _query(request: Request, name: str) -> str | None:
-    """The value of `?name=`."""
+def _query(request: Request, taken: str | None) -> str | None:
+    """The value of `?taken=`, the only query that may be there; None for one that is not. Raises InvalidArgument."""
+    found: str | None = None
     for each in request.query:
-        key, _, value = each.partition("=")
-        if key == name:
-            return value
-    return None
+        name, _, value = each.partition("=")
+        if not each:
+            continue  # what `coap://host/path?` becomes, RFC 7252 §6.4
+        if name != taken:
+            allowed = "none is" if taken is None else f"{taken} is"
+            raise InvalidArgument(f"the query {shown(name)} is not taken here; {allowed}", field="query")
+        if found is not None:
+            raise InvalidArgument(f"the query {taken} is there twice", field="query")
+        found = value
+    return found
 
 
 def _rfc3339(moment: datetime) -> str:

@@ -107,6 +107,52 @@ async def test_refusals_say_what_and_store_nothing(coap: Running) -> None:
     assert await coap.uplinks(device.device_id) == []
 
 
+NOT_TAKEN = [
+    *((Code.POST, f"/{path}", "device_id") for path in ("telemetry", "events", "health", "components", "uplink")),
+    (Code.POST, "/telemetry", "child"),
+    (Code.POST, "/config/reported", "device_id"),
+    (Code.POST, f"/commands/{UUID(int=0)}", "device_id"),
+    (Code.POST, "/provision", "device_id"),
+    (Code.GET, "/config", "device_id"),
+    (Code.GET, "/commands", "device_id"),
+    (Code.GET, "/time", "zone"),
+    (Code.GET, "/.well-known/est/crts", "root"),
+]
+
+
+async def test_a_query_that_is_not_taken_is_refused_by_its_name(coap: Running) -> None:
+    device = await coap.device()
+    body = json.dumps({"version": 1, "kind": "note", "payload": 1}).encode()
+    async with coap.client(device) as client:
+        for code, path, name in NOT_TAKEN:
+            for query in (f"{name}={device.device_id}", name):
+                answer = await client.ask(code, path, b"" if code is Code.GET else body, query=[query])
+                assert answer.code is Code.BAD_REQUEST, path
+                assert f"the query '{name}' is not taken here".encode() in answer.payload
+        both = await client.post("/telemetry", {"main.t": 1}, query=["message_id=a", "device_id=b"])
+        assert both.code is Code.BAD_REQUEST
+    assert await coap.uplinks(device.device_id) == []
+
+
+async def test_the_queries_that_are_taken_are_taken_once(coap: Running) -> None:
+    device = await coap.device()
+    async with coap.client(device) as client:
+        for queries, code in (
+            (["message_id=a"], Code.CHANGED),
+            (["message_id=b", ""], Code.CHANGED),
+            ([""], Code.CHANGED),
+            (["message_id=c", "message_id=d"], Code.BAD_REQUEST),
+            (["message_id"], Code.BAD_REQUEST),
+            (["\n=1"], Code.BAD_REQUEST),
+        ):
+            answer = await client.post("/telemetry", {"main.t": 1}, query=queries)
+            assert answer.code is code, queries
+            assert b"\n" not in answer.payload
+        links = await client.get("/.well-known/core", query=["rt=ace.est.crts"])
+        assert links.payload.startswith(b"</.well-known/est/crts>")
+    assert len(await coap.uplinks(device.device_id)) == 3
+
+
 async def test_limits_are_answered_and_counted(api: Api) -> None:  # noqa: F811
     limits = ServerLimits(payload_bytes=64, key_requests_per_second=0.001, key_requests_burst=3)
     async with serving_coap(api, limits) as coap:

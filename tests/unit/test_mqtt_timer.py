@@ -32,7 +32,7 @@ def taken(connection: Connection, now: float) -> None:
 def test_a_deadline_that_stands_never_comes_closer(seed: int) -> None:
     chance = random.Random(seed)
     connection, now = Connection(MqttLimits(), 0.0), 0.0
-    connection.receive(encode(Connect(Version.V5, "one", keep_alive=5), Version.V5), now)
+    connection.receive(encode(Connect(Version.V5, "one", keep_alive=60), Version.V5), now)
     told = connection.next_timer()
     taken(connection, now)
     assert not connection.timer_stands  # the next state has deadlines of its own

@@ -53,10 +53,11 @@ class CookieJar:
         age = now - self._changed
         if age < self._lifetime:
             return
-        self._previous = self._current if age < 2 * self._lifetime else self._secret()
+        late = age >= 2 * self._lifetime
+        self._previous = self._secret() if late else self._current
         self._current = self._secret()
         self._generation = (self._generation + 1) % 256
-        self._changed = now
+        self._changed = now if late else self._changed + self._lifetime  # when it was due, however quiet it was then
 
     def _secret(self) -> HMAC:
         return HMAC(self._random(_SECRET), SHA256())

@@ -191,6 +191,17 @@ def test_a_cookie_is_good_for_its_address_its_parameters_and_its_time() -> None:
     assert not cookies.good(cookie[:-1], HOME, b"parameters", 121)
 
 
+@pytest.mark.parametrize("heard", [60.0, 90.0, 119.9])
+def test_a_cookie_is_never_good_for_more_than_two_lifetimes_however_late_somebody_else_came(heard: float) -> None:
+    cookies = jar()
+    cookie = cookies.bake(HOME, b"p", 0)
+    later = cookies.bake(HOME, b"p", heard)
+    assert cookies.good(cookie, HOME, b"p", 119.9)
+    assert not cookies.good(cookie, HOME, b"p", 120.1)
+    assert cookies.good(later, HOME, b"p", heard + 60.0), "and for one lifetime at the least"
+    assert not cookies.good(later, HOME, b"p", 180.1)
+
+
 def test_an_old_cookie_is_bad_after_a_long_silence() -> None:
     cookies = jar()
     cookie = cookies.bake(HOME, b"p", 0)

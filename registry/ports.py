@@ -72,7 +72,10 @@ class RefusalLog(Protocol):
         contact: Contact,
         detail: Mapping[str, str],
     ) -> None:
-        """Cheap, never waits, bounded. `reason` and `detail` hold no secrets. Without a tenant it is only logged."""
+        """Cheap, never waits, bounded. `reason` and `detail` hold no secrets.
+
+        Without a tenant it is only logged, unless there is a device of this id: then it is in that one's timeline, too.
+        """
         ...
 
 

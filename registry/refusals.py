@@ -1,11 +1,16 @@
 """Why devices fail, kept for the operator, bounded however hard somebody knocks.
 
     note(…) ──► log line ──► known tenant: counted under (device, kind, reason, transport) ──► event row
+                         └─► no tenant, but a device is named: the same, and its tenant is looked up with the writing
 
 The first refusal of a key is written soon; repetitions within `HOLD_SECONDS` are only counted and written together
 with the count, the last peer and the last correlation ids. So a device that knocks a thousand times a second costs six
 rows a minute. At most `MAX_KEYS` keys are held and `MAX_ROWS` rows written at a time; what exceeds that is counted in
 `dropped` and still logged. A refusal of nobody known has no tenant: it is logged and counted only.
+
+A peer may say which device it is and prove nothing (MQTT's user name, with a key that is nobody's). Whether there is
+such a device is asked behind the answer, of all that wait in one query, so that no answer can tell. What names no
+device is dropped then; it has places of its own, `MAX_NAMED`, so that invented names take none from what is known.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from registry.events import EventKind, NewEvent
 from registry.feed import Feed
 from registry.model import Actor, Contact, DeviceId, TenantId, Transport
 from registry.observation import NOBODY, AuthOutcome, Observer
-from registry.storage import events
+from registry.storage import admission, events
 from registry.storage.database import Database
 
 log = logging.getLogger(__name__)
@@ -29,6 +34,7 @@ log = logging.getLogger(__name__)
 HOLD_SECONDS = 10.0
 """Repetitions of one refusal within this time become one row."""
 MAX_KEYS = 4096
+MAX_NAMED = 512
 MAX_ROWS = 256
 _FLUSH_SECONDS = 0.1
 _CORRELATIONS_KEPT = 5
@@ -36,7 +42,7 @@ _LOG_LINES_PER_SECOND = 50
 
 
 class _Key(NamedTuple):
-    tenant_id: TenantId
+    tenant_id: TenantId | None
     device_id: DeviceId | None
     kind: EventKind
     reason: str
@@ -60,6 +66,8 @@ class Refusals:
         self._observer = observer
         self._feed = feed
         self._held: dict[_Key, _Held] = {}
+        self._named = 0
+        """How many of them name a device without its tenant."""
         self._writing = asyncio.Lock()
         self._log_window = 0.0
         self._logged = 0
@@ -75,19 +83,23 @@ class Refusals:
         contact: Contact,
         detail: Mapping[str, str],
     ) -> None:
-        """Remember one refusal. Never raises, never waits. `reason` is one of the program's own texts."""
+        """Remember one refusal. Never raises, never waits. `reason` is one of the program's own texts.
+
+        A `device_id` without `tenant_id` is what the peer says it is.
+        """
         if kind is EventKind.AUTH_REFUSED:
             self._observer.auth_attempted(contact.transport, AuthOutcome.REFUSED)
         self._log(tenant_id, device_id, kind, reason, contact)
-        if tenant_id is None:
+        if tenant_id is None and device_id is None:
             return
         key = _Key(tenant_id, device_id, kind, reason, contact.transport)
         held = self._held.get(key)
         if held is None:
-            if len(self._held) >= MAX_KEYS:
+            if len(self._held) >= MAX_KEYS or (tenant_id is None and self._named >= MAX_NAMED):
                 self.dropped += 1
                 return
             held = self._held[key] = _Held()
+            self._named += tenant_id is None
         held.count += 1
         held.peer = contact.peer
         held.detail = detail
@@ -113,7 +125,7 @@ class Refusals:
             await asyncio.sleep(0)  # for what is being noted in this turn of the loop (resolver.py, `offer`)
             now = asyncio.get_running_loop().time()
             for key in [k for k, h in self._held.items() if not h.count and now - h.last_written > HOLD_SECONDS]:
-                del self._held[key]
+                self._forget(key)
             due = [
                 (key, held, held.count)
                 for key, held in self._held.items()
@@ -126,15 +138,29 @@ class Refusals:
             ][:MAX_ROWS]
             if not due:
                 return
-            written_events = [_event(key, held) for key, held, _ in due]
+            named = [key.device_id for key, _, _ in due if key.tenant_id is None and key.device_id is not None]
             async with self._database.connection() as connection:
-                await events.insert_many(connection, written_events)
-            for (_, held, written), event in zip(due, written_events, strict=True):
+                tenants = await admission.tenants_of(connection, named) if named else {}
+                writing: list[tuple[_Held, int, NewEvent]] = []
+                for key, held, count in due:
+                    tenant_id = _tenant(key, tenants)
+                    if tenant_id is None:
+                        self._forget(key)  # there is no such device
+                    else:
+                        writing.append((held, count, _event(key, held, tenant_id)))
+                if not writing:
+                    return
+                await events.insert_many(connection, [event for _, _, event in writing])
+            for held, written, event in writing:
                 held.count -= written
                 held.last_written = now
                 done = set(event.data["correlation_ids"])
                 held.correlation_ids = [each for each in held.correlation_ids if each not in done]
         self._feed.hint()
+
+    def _forget(self, key: _Key) -> None:
+        del self._held[key]
+        self._named -= key.tenant_id is None
 
     def _log(
         self, tenant_id: TenantId | None, device_id: DeviceId | None, kind: EventKind, reason: str, contact: Contact
@@ -156,10 +182,16 @@ class Refusals:
         log.info(kind.value, extra={"fields": fields})
 
 
-def _event(key: _Key, held: _Held) -> NewEvent:
+def _tenant(key: _Key, tenants: Mapping[DeviceId, TenantId]) -> TenantId | None:
+    if key.tenant_id is not None or key.device_id is None:
+        return key.tenant_id
+    return tenants.get(key.device_id)
+
+
+def _event(key: _Key, held: _Held, tenant_id: TenantId) -> NewEvent:
     return NewEvent(
         key.kind,
-        key.tenant_id,
+        tenant_id,
         Actor("system:admission", held.correlation_ids[-1]),
         device_id=key.device_id,
         data={

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import assert_never
+from uuid import UUID
 
 from certs.chains import BadCertificate, describe_certificate
 from certs.renewal import GRACE, ValidityState, validity_state
@@ -133,7 +134,7 @@ class Resolver:
         lookup = lookup_of(evidence)
         state = await self._find(lookup, contact)
         if state is None or not secrets.same(state.lookup, lookup[1]):
-            raise self._refuse(None, f"unknown {lookup[0].value}", contact)
+            raise self._refuse(None, f"unknown {lookup[0].value}", contact, claimed=_claimed(evidence))
         if isinstance(evidence, ApiKey) and evidence.device_id not in (None, str(state.device_id)):
             raise self._refuse(state, "key of another device", contact)
         return self._identity(state, contact)
@@ -304,27 +305,47 @@ class Resolver:
         )
 
     def _refuse(
-        self, state: CredentialState | None, reason: str, contact: Contact, identity: Identity | None = None
+        self,
+        state: CredentialState | None,
+        reason: str,
+        contact: Contact,
+        identity: Identity | None = None,
+        claimed: DeviceId | None = None,
     ) -> Unauthenticated:
-        self._note(state, reason, contact, identity)
+        self._note(state, reason, contact, identity, claimed)
         return Unauthenticated(reason)
 
     def _note_behind(self, state: CredentialState | None, reason: str, contact: Contact) -> None:
         asyncio.get_running_loop().call_soon(self._note, state, reason, contact)
 
     def _note(
-        self, state: CredentialState | None, reason: str, contact: Contact, identity: Identity | None = None
+        self,
+        state: CredentialState | None,
+        reason: str,
+        contact: Contact,
+        identity: Identity | None = None,
+        claimed: DeviceId | None = None,
     ) -> None:
         self.counters.refused[reason] = self.counters.refused.get(reason, 0) + 1
         known = state or identity
         self._refusals.note(
             tenant_id=known.tenant_id if known else None,
-            device_id=known.device_id if known else None,
+            device_id=known.device_id if known else claimed,
             kind=EventKind.AUTH_REFUSED,
             reason=reason,
             contact=contact,
             detail={"credential_id": str(known.credential_id)} if known else {},
         )
+
+
+def _claimed(evidence: ApiKey | ClientCertificate) -> DeviceId | None:
+    """Which device a peer says it is, beside evidence that is nobody's."""
+    if not isinstance(evidence, ApiKey) or evidence.device_id is None:
+        return None
+    try:
+        return DeviceId(UUID(evidence.device_id))
+    except ValueError:
+        return None
 
 
 _NOT_SEEN = frozenset({DeviceStatus.PENDING, DeviceStatus.REGISTERED})

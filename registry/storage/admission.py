@@ -73,6 +73,12 @@ async def by_id(connection: Connection, wanted: Sequence[CredentialId]) -> dict[
     return {row["credential_id"]: _state(row) for row in rows}
 
 
+async def tenants_of(connection: Connection, wanted: Sequence[DeviceId]) -> dict[DeviceId, TenantId]:
+    """Whose those of `wanted` are that exist. Across tenants: a refused peer named them, and is told nothing of it."""
+    rows = await connection.fetch("SELECT device_id, tenant_id FROM device WHERE device_id = ANY ($1::uuid[])", wanted)
+    return {row["device_id"]: row["tenant_id"] for row in rows}
+
+
 def _state(row: Record) -> CredentialState:
     return CredentialState(
         tenant_id=row["tenant_id"],

@@ -37,12 +37,14 @@ def message(kind: Type, code: Code, message_id: int, token: bytes = b"", payload
 class Dialogue:
     """One client of one peer machine. `now` is virtual; `passes` lets it pass, timer by timer."""
 
-    def __init__(self, limits: CoapLimits | None = None, memory: Memory | None = None, room: int = 1_280) -> None:
+    def __init__(
+        self, limits: CoapLimits | None = None, memory: Memory | None = None, room: int = 1_280, known: bool = True
+    ) -> None:
         self.limits = limits or CoapLimits()
         self.memory = memory or Memory(self.limits, CoapCounters())
         self.counters = self.memory.counters
         Dialogue._keys += 1
-        self.machine = PeerMachine(Dialogue._keys, self.memory, Random(5), room)
+        self.machine = PeerMachine(Dialogue._keys, self.memory, Random(5), room, known)
         self.now = 1_000.0
         self.events: list[Event] = []
         self.datagrams: list[bytes] = []

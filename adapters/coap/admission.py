@@ -334,7 +334,7 @@ class Guest:
             return error
         except RegistryError as error:
             self._deciding = None  # the next request asks again, and those that are held now
-            self._endpoint.admit(self._peer)
+            self._endpoint.admit(self._peer, known=False)
             return error
         self.role = role
         if isinstance(role, Device) and self._end is not None:
@@ -343,7 +343,7 @@ class Guest:
         if self.gone:  # it left while it was being admitted
             admission.leave(self)
         else:
-            self._endpoint.admit(self._peer)
+            self._endpoint.admit(self._peer, known=isinstance(role, Device))
         return role
 
 

@@ -12,9 +12,15 @@ one peer to one resource without tags are one: the later block 0 begins it anew,
 gaps from then on (RFC 7959 §2.5). A body becomes a request only when it is whole.
 
 One `Uploads` and one `Snapshots` serve all peers. Both are in the order of their last use, which with one timeout is
-the order of their end. Uploads never push each other out beyond their own peer: where all memory is taken, a newcomer
-is told to come back (5.03). Snapshots do, oldest first: a GET can be asked again, and is when its snapshot is gone; the
-ETag tells the client if the state has changed between (RFC 7959 §2.4).
+the order of their end. Each has two memories, as duplicates.py has: that of devices, and a small one of strangers, all
+those whose association is no device's, or not yet. Neither takes from the other.
+
+Devices' uploads never push each other out beyond their own peer: where all of their memory is taken, a block is refused
+(5.03: come back). If bodies of all sizes could displace others, many that begin at once would all go on in vain.
+Among strangers a refusal would let some keep all others out for as long as they like. So there the oldest upload of who
+holds most gives way to who will hold no more than half of that, and its next block is a gap: a CSR gets in beside any
+number of large bodies. Snapshots go in both, the oldest of the peer that holds most: a GET can be asked again, and is
+when its snapshot is gone; the ETag tells the client if the state has changed between (RFC 7959 §2.4).
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from aiocoap.numbers.codes import Code
 from adapters.coap.limits import CoapCounters, CoapLimits
 from adapters.coap.options import Block, RequestOptions
 from adapters.coap.ports import Response
+from adapters.coap.shares import Share, Shares
 
 _COST: Final = 600
 """Bytes that an upload or a snapshot takes beside its body."""
@@ -92,24 +99,49 @@ class _Upload:
         self.expires = expires
 
 
+class _Uploader(Share):
+    """A peer's uploads, oldest first. `known`: it is a device."""
+
+    __slots__ = ("known", "uploads")
+
+    def __init__(self, known: bool) -> None:
+        super().__init__()
+        self.known = known
+        self.uploads: dict[Key, _Upload] = {}
+
+
 class Uploads:
     """Bodies that are not whole yet, of all peers."""
 
-    __slots__ = ("_limits", "_of_peer", "_uploads", "bytes")
+    __slots__ = ("_devices", "_limits", "_of_peer", "_strangers", "_uploads")
 
     def __init__(self, limits: CoapLimits) -> None:
         self._limits = limits
         self._uploads: OrderedDict[Key, _Upload] = OrderedDict()
-        self._of_peer: dict[PeerKey, dict[Key, _Upload]] = {}
-        self.bytes = 0
+        self._of_peer: dict[PeerKey, _Uploader] = {}
+        self._devices: Shares[_Uploader] = Shares(limits.upload_bytes)
+        self._strangers: Shares[_Uploader] = Shares(limits.stranger_upload_bytes)
 
     def __len__(self) -> int:
         return len(self._uploads)
 
+    @property
+    def size(self) -> int:
+        """Bytes that all uploads take."""
+        return self._devices.bytes + self._strangers.bytes
+
     def take(
-        self, key: Key, block: Block, size1: int | None, content_format: int | None, payload: bytes, now: float
+        self,
+        key: Key,
+        block: Block,
+        size1: int | None,
+        content_format: int | None,
+        payload: bytes,
+        now: float,
+        known: bool = True,
     ) -> Partial | Complete | Refusal:
-        """Add a block. After any refusal the upload is gone, except that NO_ROOM keeps what there was."""
+        """Add a block; `known` says whether its peer is a device. After any refusal the upload is gone, except that
+        NO_ROOM keeps what there was."""
         limits = self._limits
         self.expire(now)
         upload = self._uploads.get(key)
@@ -131,7 +163,7 @@ class Uploads:
             self._drop(key)
             return Refusal.INCOMPLETE  # RFC 7959 §2.9.2
         if upload is None:
-            return self._begin(key, content_format, payload, now)
+            return self._begin(key, content_format, payload, now, known)
         if _again(upload, block, payload):
             self._touch(key, upload, now)
             return Partial()
@@ -142,16 +174,28 @@ class Uploads:
             body = bytes(upload.body) + payload
             self._drop(key)
             return Complete(body)
-        if not self._room(key, len(payload)):
+        uploader = self._of_peer[key.peer]
+        if not self._room(uploader, key, len(payload)):
             return Refusal.NO_ROOM
         upload.body += payload
-        self.bytes += len(payload)
+        self._shares(uploader).charge(uploader, len(payload))
         self._touch(key, upload, now)
         return Partial()
 
+    def becomes_known(self, peer: PeerKey) -> None:
+        """A stranger has turned out to be a device: what it has begun is now of the devices' memory."""
+        uploader = self._of_peer.get(peer)
+        if uploader is None or uploader.known:
+            return
+        uploader.known = True
+        self._strangers.hand_over(uploader, self._devices)
+        if self._devices.bytes > self._devices.limit:
+            self.forget(peer)
+
     def forget(self, peer: PeerKey) -> None:
         """Drop all of a peer that is gone."""
-        for key in list(self._of_peer.get(peer, ())):
+        uploader = self._of_peer.get(peer)
+        for key in list(uploader.uploads) if uploader is not None else ():
             self._drop(key)
 
     def expire(self, now: float) -> None:
@@ -166,27 +210,39 @@ class Uploads:
         """When `expire` has something to do."""
         return next(iter(self._uploads.values())).expires if self._uploads else None
 
-    def _begin(self, key: Key, content_format: int | None, payload: bytes, now: float) -> Partial | Refusal:
-        mine = self._of_peer.get(key.peer, {})
-        while len(mine) >= self._limits.uploads_per_peer:
-            self._drop(next(iter(mine)))  # its own oldest
-        if not self._room(key, _COST + len(payload)):
+    def _begin(
+        self, key: Key, content_format: int | None, payload: bytes, now: float, known: bool
+    ) -> Partial | Refusal:
+        uploader = self._of_peer.get(key.peer) or _Uploader(known)
+        while len(uploader.uploads) >= self._limits.uploads_per_peer:
+            self._drop(next(iter(uploader.uploads)))  # its own oldest
+        if not self._room(uploader, key, _COST + len(payload)):
             return Refusal.NO_ROOM
         upload = _Upload(content_format, now + self._limits.upload_timeout)
         upload.body += payload
-        self._uploads[key] = upload
-        self._of_peer.setdefault(key.peer, {})[key] = upload
-        self.bytes += _COST + len(payload)
+        self._uploads[key] = uploader.uploads[key] = upload
+        self._of_peer[key.peer] = uploader
+        self._shares(uploader).charge(uploader, _COST + len(payload))
         return Partial()
 
-    def _room(self, key: Key, extra: int) -> bool:
-        mine = self._of_peer.get(key.peer, {})
-        while sum(_COST + len(upload.body) for upload in mine.values()) + extra > self._limits.upload_bytes_per_peer:
-            others = [other for other in mine if other != key]
-            if not others:
+    def _shares(self, uploader: _Uploader) -> Shares[_Uploader]:
+        return self._devices if uploader.known else self._strangers
+
+    def _room(self, uploader: _Uploader, key: Key, extra: int) -> bool:
+        """Whether `key` may take more; others of its peer, or of a stranger who has much more than it, make room."""
+        limits, shares = self._limits, self._shares(uploader)
+        most = limits.upload_bytes_per_peer if uploader.known else limits.upload_bytes_per_stranger
+        while uploader.bytes + extra > most:
+            oldest = next((other for other in uploader.uploads if other != key), None)
+            if oldest is None:
                 return False
-            self._drop(others[0])
-        return self.bytes + extra <= self._limits.upload_bytes
+            self._drop(oldest)
+        while shares.bytes + extra > shares.limit:
+            greediest = None if uploader.known else shares.greediest()
+            if greediest is None or greediest.bytes < 2 * (uploader.bytes + extra):
+                return False
+            self._drop(next(iter(greediest.uploads)))
+        return True
 
     def _touch(self, key: Key, upload: _Upload, now: float) -> None:
         upload.expires = now + self._limits.upload_timeout
@@ -196,11 +252,11 @@ class Uploads:
         upload = self._uploads.pop(key, None)
         if upload is None:
             return
-        mine = self._of_peer[key.peer]
-        del mine[key]
-        if not mine:
+        uploader = self._of_peer[key.peer]
+        del uploader.uploads[key]
+        if not uploader.uploads:
             del self._of_peer[key.peer]
-        self.bytes -= _COST + len(upload.body)
+        self._shares(uploader).charge(uploader, -_COST - len(upload.body))
 
 
 def _again(upload: _Upload, block: Block, payload: bytes) -> bool:
@@ -217,36 +273,63 @@ class _Snapshot:
         self.expires = expires
 
 
+class _Fetcher(Share):
+    """What a peer's snapshots cost, in the order of their last use. `known`: it is a device."""
+
+    __slots__ = ("costs", "known")
+
+    def __init__(self, known: bool) -> None:
+        super().__init__()
+        self.known = known
+        self.costs: OrderedDict[Key, int] = OrderedDict()
+
+
 class Snapshots:
     """Answers that are being fetched in blocks, of all peers."""
 
-    __slots__ = ("_counters", "_limits", "_of_peer", "_snapshots", "bytes")
+    __slots__ = ("_counters", "_devices", "_limits", "_of_peer", "_snapshots", "_strangers")
 
     def __init__(self, limits: CoapLimits, counters: CoapCounters) -> None:
         self._limits = limits
         self._counters = counters
         self._snapshots: OrderedDict[Key, _Snapshot] = OrderedDict()
-        self._of_peer: dict[PeerKey, OrderedDict[Key, int]] = {}
-        self.bytes = 0
+        self._of_peer: dict[PeerKey, _Fetcher] = {}
+        self._devices: Shares[_Fetcher] = Shares(limits.snapshot_bytes)
+        self._strangers: Shares[_Fetcher] = Shares(limits.stranger_snapshot_bytes)
 
     def __len__(self) -> int:
         return len(self._snapshots)
 
-    def keep(self, key: Key, response: Response, now: float) -> None:
-        """Keep an answer, in place of an earlier one; older ones make room."""
+    @property
+    def size(self) -> int:
+        """Bytes that all snapshots take."""
+        return self._devices.bytes + self._strangers.bytes
+
+    def keep(self, key: Key, response: Response, now: float, known: bool = True) -> None:
+        """Keep an answer, in place of an earlier one; older ones make room. `known`: its peer is a device."""
         limits = self._limits
         self._drop(key)
         cost = _COST + len(response.payload)
-        if cost > min(limits.snapshot_bytes_per_peer, limits.snapshot_bytes):
+        fetcher = self._of_peer.get(key.peer) or _Fetcher(known)
+        shares = self._shares(fetcher)
+        most = limits.snapshot_bytes_per_peer if fetcher.known else limits.snapshot_bytes_per_stranger
+        if cost > min(most, shares.limit):
             return  # the handler is asked for each block, then
-        mine = self._of_peer.setdefault(key.peer, OrderedDict())
+        self._of_peer[key.peer] = fetcher
         self._snapshots[key] = _Snapshot(response, now + limits.snapshot_timeout)
-        mine[key] = cost
-        self.bytes += cost
-        while sum(mine.values()) > limits.snapshot_bytes_per_peer:
-            self._forget(next(iter(mine)))
-        while self.bytes > limits.snapshot_bytes:
-            self._forget(next(iter(self._snapshots)))
+        fetcher.costs[key] = cost
+        shares.charge(fetcher, cost)
+        while fetcher.bytes > most:
+            self._forget(next(iter(fetcher.costs)))
+        self._make_room(shares)
+
+    def becomes_known(self, peer: PeerKey) -> None:
+        """A stranger has turned out to be a device: what it fetches is now of the devices' memory."""
+        fetcher = self._of_peer.get(peer)
+        if fetcher is not None and not fetcher.known:
+            fetcher.known = True
+            self._strangers.hand_over(fetcher, self._devices)
+            self._make_room(self._devices)
 
     def get(self, key: Key, now: float) -> Response | None:
         """The answer that is being fetched, if it is still there."""
@@ -256,11 +339,13 @@ class Snapshots:
             return None
         snapshot.expires = now + self._limits.snapshot_timeout
         self._snapshots.move_to_end(key)
+        self._of_peer[key.peer].costs.move_to_end(key)
         return snapshot.response
 
     def forget(self, peer: PeerKey) -> None:
         """Drop all of a peer that is gone."""
-        for key in list(self._of_peer.get(peer, ())):
+        fetcher = self._of_peer.get(peer)
+        for key in list(fetcher.costs) if fetcher is not None else ():
             self._drop(key)
 
     def expire(self, now: float) -> None:
@@ -275,6 +360,13 @@ class Snapshots:
         """When `expire` has something to do."""
         return next(iter(self._snapshots.values())).expires if self._snapshots else None
 
+    def _shares(self, fetcher: _Fetcher) -> Shares[_Fetcher]:
+        return self._devices if fetcher.known else self._strangers
+
+    def _make_room(self, shares: Shares[_Fetcher]) -> None:
+        while shares.bytes > shares.limit and (greediest := shares.greediest()) is not None:
+            self._forget(next(iter(greediest.costs)))
+
     def _forget(self, key: Key) -> None:
         self._counters.snapshots_forgotten += 1
         self._drop(key)
@@ -282,9 +374,9 @@ class Snapshots:
     def _drop(self, key: Key) -> None:
         if self._snapshots.pop(key, None) is None:
             return
-        mine = self._of_peer[key.peer]
-        self.bytes -= mine.pop(key)
-        if not mine:
+        fetcher = self._of_peer[key.peer]
+        self._shares(fetcher).charge(fetcher, -fetcher.costs.pop(key))
+        if not fetcher.costs:
             del self._of_peer[key.peer]
 
 

@@ -3,14 +3,17 @@
     first time ──► Entry, without reply ──► reply recorded ──► forgotten after EXCHANGE_LIFETIME / NON_LIFETIME
     again, with reply: the same bytes again        again, without: it is being worked on, or was a NON; nothing
 
-One `Duplicates` serves all peers, because memory is one. Entries are in the order of their age, for each peer and over
-all; whatever the bound, the oldest go first. Invariants: an entry is in its peer's table and in exactly one of the two
-ages, or in neither; `bytes` is the sum of what the entries cost.
+One `Duplicates` serves all peers, because memory is one. It is two: that of devices, and a small one of strangers, all
+those whose association is no device's, or not yet (`Table.known`). Neither takes from the other, so that nobody without
+a credential can make us forget what a device sent. In each, whatever the bound, the peer that holds most pays, with the
+oldest of its own entries (shares.py). Invariants: an entry is in its peer's table and in exactly one of the two ages,
+or in neither; a table's bytes are the sum of what its entries cost, and charged to the memory that `known` says.
 
 What can be lost: when memory is short, an entry goes before its time. A retransmission that comes later still is then
 taken for a new request: it is answered again, and a request that is not idempotent acts twice, unless it has a message
-id of its own (uplinks may). The bound for one peer is far above what RFC 7252's NSTART lets it send in the 45 s in
-which a CON is repeated, so that only peers that break it pay, and with their own entries.
+id of its own (uplinks may). The bound for one device is far above what RFC 7252's NSTART lets it send in the 45 s in
+which a CON is repeated, so that only peers that break it pay, and with their own entries. A stranger has little to ask
+that is not idempotent, and its bound is some twenty answers of full size.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections import OrderedDict
 from typing import Final
 
 from adapters.coap.limits import CoapCounters, CoapLimits
+from adapters.coap.shares import Share, Shares
 
 ENTRY_COST: Final = 400
 """Bytes that an entry takes without its reply, measured: tables, key, object."""
@@ -39,30 +43,37 @@ class Entry:
         self.cost = ENTRY_COST
 
 
-class Table:
-    """The entries of one peer, oldest first."""
+class Table(Share):
+    """The entries of one peer, oldest first. `known`: it is a device's; written by `Duplicates.becomes_known`."""
 
-    __slots__ = ("bytes", "entries")
+    __slots__ = ("entries", "known")
 
-    def __init__(self) -> None:
+    def __init__(self, known: bool = True) -> None:
+        super().__init__()
         self.entries: OrderedDict[int, Entry] = OrderedDict()
-        self.bytes = 0
+        self.known = known
 
 
 class Duplicates:
     """The memory of all peers."""
 
-    __slots__ = ("_confirmable", "_counters", "_limits", "_others", "bytes")
+    __slots__ = ("_confirmable", "_counters", "_devices", "_limits", "_others", "_strangers")
 
     def __init__(self, limits: CoapLimits, counters: CoapCounters) -> None:
         self._limits = limits
         self._counters = counters
         self._confirmable: OrderedDict[Entry, None] = OrderedDict()
         self._others: OrderedDict[Entry, None] = OrderedDict()
-        self.bytes = 0
+        self._devices: Shares[Table] = Shares(limits.duplicate_bytes)
+        self._strangers: Shares[Table] = Shares(limits.stranger_duplicate_bytes)
 
     def __len__(self) -> int:
         return len(self._confirmable) + len(self._others)
+
+    @property
+    def size(self) -> int:
+        """Bytes that all entries cost."""
+        return self._devices.bytes + self._strangers.bytes
 
     def find(self, table: Table, message_id: int, now: float) -> Entry | None:
         """The entry of a message that was taken before, if it still counts."""
@@ -81,7 +92,7 @@ class Duplicates:
         entry = Entry(table, message_id, now + lifetime)
         table.entries[message_id] = entry
         (self._confirmable if confirmable else self._others)[entry] = None
-        self._charge(entry, ENTRY_COST)
+        self._charge(table, ENTRY_COST)
         while len(table.entries) > limits.duplicates_per_peer:
             self._forget_oldest_of(table)
         return entry
@@ -94,7 +105,14 @@ class Duplicates:
             return  # forgotten meanwhile
         extra = cost - entry.cost
         entry.cost = cost
-        self._charge(entry, extra)
+        self._charge(entry._table, extra)
+
+    def becomes_known(self, table: Table) -> None:
+        """A stranger has turned out to be a device: its entries are now of the devices' memory."""
+        if not table.known:
+            table.known = True
+            self._strangers.hand_over(table, self._devices)
+            self._charge(table, 0)
 
     def forget(self, table: Table) -> None:
         """Drop all of a peer that is gone."""
@@ -115,19 +133,18 @@ class Duplicates:
         heads = [next(iter(age))._expires for age in (self._confirmable, self._others) if age]
         return min(heads, default=None)
 
-    def _charge(self, entry: Entry, extra: int) -> None:
-        table = entry._table
-        table.bytes += extra
-        self.bytes += extra
-        while table.bytes > self._limits.duplicate_bytes_per_peer and len(table.entries) > 1:
+    def _charge(self, table: Table, extra: int) -> None:
+        limits = self._limits
+        shares, most = (
+            (self._devices, limits.duplicate_bytes_per_peer)
+            if table.known
+            else (self._strangers, limits.duplicate_bytes_per_stranger)
+        )
+        shares.charge(table, extra)
+        while table.bytes > most and len(table.entries) > 1:
             self._forget_oldest_of(table)
-        while self.bytes > self._limits.duplicate_bytes and len(self) > 1:
-            self._counters.duplicates_forgotten += 1
-            self._drop(self._oldest())
-
-    def _oldest(self) -> Entry:
-        heads = [next(iter(age)) for age in (self._confirmable, self._others) if age]
-        return min(heads, key=lambda entry: entry._expires)
+        while shares.bytes > shares.limit and (greediest := shares.greediest()) is not None:
+            self._forget_oldest_of(greediest)
 
     def _forget_oldest_of(self, table: Table) -> None:
         self._counters.duplicates_forgotten += 1
@@ -140,5 +157,4 @@ class Duplicates:
             del self._confirmable[entry]
         else:
             del self._others[entry]
-        table.bytes -= entry.cost
-        self.bytes -= entry.cost
+        (self._devices if table.known else self._strangers).charge(table, -entry.cost)

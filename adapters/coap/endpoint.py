@@ -162,8 +162,8 @@ class CoapEndpoint:
     # The datagram shell's calls ---------------------------------------------------------------------------------------
 
     def open(self, association: Association, *, held: bool = False) -> EndpointPeer:
-        """Take a peer. `held`: its requests wait for `admit` or `refuse`."""
-        machine = PeerMachine(next(self._keys), self._memory, self._random, association.room)
+        """Take a peer. `held`: its requests wait for `admit` or `refuse`, and until then it is a stranger."""
+        machine = PeerMachine(next(self._keys), self._memory, self._random, association.room, known=not held)
         peer = EndpointPeer(association, machine, PeerState.HELD if held else PeerState.SERVING)
         self._peers[association.association_id] = peer
         self.counters.peers += 1
@@ -197,8 +197,11 @@ class CoapEndpoint:
 
     # Admission --------------------------------------------------------------------------------------------------------
 
-    def admit(self, peer: EndpointPeer) -> None:
-        """Handle what a held peer has asked meanwhile, and all it asks from now on."""
+    def admit(self, peer: EndpointPeer, *, known: bool = True) -> None:
+        """Handle what a held peer has asked meanwhile, and all it asks from now on. `known`: it is a device, and no
+        stranger any longer; this may be said later too."""
+        if known:
+            peer._machine.becomes_known()
         if peer.state is not PeerState.HELD:
             return
         peer.state = PeerState.SERVING

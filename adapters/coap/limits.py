@@ -26,7 +26,10 @@ class CoapLimits:
     # Deduplication. An entry is about 400 bytes and its reply, which is small unless the resource answers much.
     duplicates_per_peer: int = 2_048  # in 45 s, the longest that a CON is repeated, 45 requests per second
     duplicate_bytes_per_peer: int = 524_288  # a few hundred replies of full size
-    duplicate_bytes: int = 67_108_864  # of all: 150,000 requests, or 600 a second for 247 s; then the oldest go
+    duplicate_bytes: int = 67_108_864  # of all devices: 150,000 requests, or 600 a second for 247 s; then the oldest
+    # of who has most go
+    duplicate_bytes_per_stranger: int = 32_768  # whose association is no device's: twenty replies of full size
+    stranger_duplicate_bytes: int = 8_388_608  # of them all: one request of each of 20,000
 
     # Observations, RFC 7641
     observations_per_peer: int = 16  # config, commands, and room for what profiles may add
@@ -40,11 +43,15 @@ class CoapLimits:
     body_bytes: int = 65_536  # of one upload: 64 KiB; a CSR has 1 to 4 KB, a backlog of telemetry the rest
     uploads_per_peer: int = 4
     upload_bytes_per_peer: int = 131_072  # two of the largest at once
-    upload_bytes: int = 33_554_432  # of all: 512 of the largest, 8,000 CSRs
+    upload_bytes: int = 33_554_432  # of all devices: 512 of the largest, 8,000 CSRs
+    upload_bytes_per_stranger: int = 34_816  # whose association is no device's: the largest request to provision
+    stranger_upload_bytes: int = 8_388_608  # of them all: 240 of the largest, 2,000 CSRs
     upload_timeout: float = 247.0  # without a new block: the one before and the next may take 45 s each to get through,
     # and a slow path 100 s (EXCHANGE_LIFETIME, RFC 7252 §4.8.2); what it can hold meanwhile is bounded above
     snapshot_bytes_per_peer: int = 131_072
-    snapshot_bytes: int = 33_554_432
+    snapshot_bytes: int = 33_554_432  # of all devices: 256 of the most, 10,000 certificates with their chains
+    snapshot_bytes_per_stranger: int = 34_816
+    stranger_snapshot_bytes: int = 4_194_304  # 1,200 certificates with their chains
     fetch_patience: float = 15.0  # for a body's next block, before a newer state takes its place: two losses in a row
     fetches_per_peer: int = 32  # bodies in blocks that are waited for; of more the oldest is not
     snapshot_timeout: float = 247.0  # likewise, since the last block was asked for

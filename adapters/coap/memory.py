@@ -1,7 +1,8 @@
 """What the machines of all peers share: remembered message ids, uploads and answers in blocks, one bound for each.
 
-A peer takes from it, and what it may take is bounded by itself and over all (duplicates.py, blockwise.py). It has no
-clock: `expire` is owed by the shell at `next_expiry`, since a silent peer's machine is never called.
+A peer takes from it, and what it may take is bounded by itself and over all (duplicates.py, blockwise.py). Each of the
+three keeps devices and strangers apart; a peer is one or the other, and may become known once. It has no clock:
+`expire` is owed by the shell at `next_expiry`, since a silent peer's machine is never called.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ _DEREGISTER: Final = 1
 class PeerMachine:
     """One peer. `key` is unique among the living peers; `room` is the largest datagram that may be sent, in bytes.
 
-    `random` decides message ids and timeouts; `now` is seconds on the caller's clock, here and everywhere.
+    `random` decides message ids and timeouts; `now` is seconds on the caller's clock, here and everywhere. `known` says
+    whether it is a device; a stranger has smaller shares of memory (duplicates.py).
     """
 
     __slots__ = (
@@ -115,7 +116,7 @@ class PeerMachine:
         "room",
     )
 
-    def __init__(self, key: int, memory: Memory, random: Random, room: int) -> None:
+    def __init__(self, key: int, memory: Memory, random: Random, room: int, known: bool = True) -> None:
         self.room = room
         self._key = key
         self._memory = memory
@@ -124,7 +125,7 @@ class PeerMachine:
         self._message_id = random.randrange(0x10000)
         self._number = 0
         self._sequence = 0  # one for all observations, so that a token that is used again still counts up
-        self._table = Table()
+        self._table = Table(known)
         self._exchanges: dict[int, Exchange] = {}
         self._unacknowledged: dict[int, Exchange] = {}  # in the order of ack_due
         self._active: Transmission | None = None
@@ -274,6 +275,15 @@ class PeerMachine:
             self._end(observation, None)
             self._pump(now)
 
+    def becomes_known(self) -> None:
+        """It has turned out to be a device."""
+        if self._closed or self._table.known:
+            return
+        memory = self._memory
+        memory.duplicates.becomes_known(self._table)
+        memory.uploads.becomes_known(self._key)
+        memory.snapshots.becomes_known(self._key)
+
     def close(self) -> None:
         """The peer is gone: drop all of it. ObservationEnded follows for each accepted observation."""
         if self._closed:
@@ -356,7 +366,9 @@ class PeerMachine:
         """The whole body; or None, and an answer is on its way."""
         counters = self._memory.counters
         key = upload_key(self._key, message.code, options)
-        taken = self._memory.uploads.take(key, block, options.size1, options.content_format, message.payload, now)
+        taken = self._memory.uploads.take(
+            key, block, options.size1, options.content_format, message.payload, now, self._table.known
+        )
         preferred = min(block.exponent, self._limits.block_exponent)
         if isinstance(taken, Complete):
             exchange.block1 = Block(block.number, False, block.exponent)
@@ -523,7 +535,7 @@ class PeerMachine:
             options.append((ETAG, entity_tag(body)))
         end = start + size
         if start == 0:
-            self._memory.snapshots.keep(key, response, now)
+            self._memory.snapshots.keep(key, response, now, self._table.known)
             options.append((SIZE2, encode_uint(len(body))))
         self._is_fetching(key, start, end < len(body), now)
         options.append((BLOCK2, Block(start // size, end < len(body), exponent).encode()))

@@ -72,7 +72,7 @@ async def test_an_upload_of_64_KiB_is_stored_and_one_byte_more_is_refused(coap: 
         assert (told.code, told.opt.size1) == (Code.REQUEST_ENTITY_TOO_LARGE, 65_536), "not one block of it is taken"
     [uplink] = await coap.uplinks(device.device_id)
     assert uplink["payload"] == {"t": "x" * 65_528}
-    assert coap.server._endpoint._memory.uploads.bytes == 0
+    assert coap.server._endpoint._memory.uploads.size == 0
 
 
 async def test_what_is_large_comes_down_whole(coap: Running) -> None:
@@ -91,7 +91,7 @@ async def test_an_interrupted_upload_is_forgotten_and_its_rest_is_incomplete(api
         async with coap.client(device) as client:
             for number in (0, 1):
                 assert (await put(client, number, True, b" " * 64)).code is Code.CONTINUE
-            await until(lambda: uploads.bytes == 0)
+            await until(lambda: uploads.size == 0)
             assert (await put(client, 2, False, b"{}")).code is Code.REQUEST_ENTITY_INCOMPLETE
             assert (await put(client, 0, True, b" " * 64)).code is Code.CONTINUE
         assert await coap.uplinks(device.device_id) == []
@@ -123,12 +123,12 @@ async def test_uploads_that_nobody_finishes_are_bounded_and_go_with_their_peer(c
             begun = await put(client, 0, True, b" " * 1024, request_tag=(b"%d" % number,), block1=(0, True, 6))
             assert begun.code is Code.CONTINUE
             assert len(memory.uploads) <= limits.uploads_per_peer
-            assert memory.uploads.bytes <= limits.upload_bytes_per_peer
+            assert memory.uploads.size <= limits.upload_bytes_per_peer
         oldest = await put(client, 1, False, b"{}", request_tag=(b"0",), block1=(1, False, 6))
         assert oldest.code is Code.REQUEST_ENTITY_INCOMPLETE, "its own newer ones have taken its place"
         client.socket.client.connection.shutdown()
         client.socket.out(client.socket.client.written())
-        await until(lambda: memory.uploads.bytes == 0)
+        await until(lambda: memory.uploads.size == 0)
     assert coap.server.coap_counters.peers == 0
 
 

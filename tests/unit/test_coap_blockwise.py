@@ -46,7 +46,7 @@ def test_an_upload_becomes_one_request(exponent: int) -> None:
     talk.answers(Code.CHANGED)
     last = (len(body) - 1) // (16 << exponent)
     assert talk.said() == [f"ACK 2.04 {1_000 + last} block1={last}/0/{16 << exponent}"]
-    assert (len(talk.memory.uploads), talk.memory.uploads.bytes) == (0, 0)
+    assert (len(talk.memory.uploads), talk.memory.uploads.size) == (0, 0)
 
 
 def test_a_body_of_one_block_is_a_request_at_once() -> None:
@@ -141,7 +141,7 @@ def test_too_much_is_refused_with_the_size_that_is_allowed(
         talk.said()
     put(talk, number, more, 6, payload, size1=size1)
     assert talk.said() == [f"ACK 4.13 {1_000 + number} size1=65536 block1={number}/{int(more)}/1024"]
-    assert (len(talk.memory.uploads), talk.memory.uploads.bytes, talk.counters.too_large) == (0, 0, 1)
+    assert (len(talk.memory.uploads), talk.memory.uploads.size, talk.counters.too_large) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(("more", "payload"), [(True, bytes(15)), (True, bytes(17)), (True, b""), (False, bytes(17))])
@@ -161,7 +161,7 @@ def test_an_interrupted_upload_is_forgotten() -> None:
     talk.passes(246)
     assert len(talk.memory.uploads) == 1  # each block gives it time again
     talk.passes(2)
-    assert (len(talk.memory.uploads), talk.memory.uploads.bytes) == (0, 0)
+    assert (len(talk.memory.uploads), talk.memory.uploads.size) == (0, 0)
     put(talk, 2, False, 6, bytes(1024))
     assert talk.said()[-1] == "ACK 4.08 1002 block1=2/0/1024"
 
@@ -181,23 +181,25 @@ def test_the_bytes_of_one_peer_are_bounded() -> None:
     for path in "abcd":
         for number in range(50):
             talk.sends(CON, Code.PUT, 50 * ord(path) + number, path=path, block1=(number, True, 6), payload=bytes(1024))
-            assert talk.memory.uploads.bytes <= talk.limits.upload_bytes_per_peer
+            assert talk.memory.uploads.size <= talk.limits.upload_bytes_per_peer
 
 
 def test_where_all_memory_is_taken_a_newcomer_waits_and_the_others_go_on() -> None:
     limits = CoapLimits(upload_bytes=6_000)
     memory = Memory(limits, CoapCounters())
-    first, second = Dialogue(limits, memory), Dialogue(limits, memory)
-    for number in range(5):
+    first, other, second = (Dialogue(limits, memory) for _ in range(3))
+    for number in range(2):
         put(first, number, True, 6, bytes(1024))
+        put(other, number, True, 6, bytes(1024))
     put(second, 0, True, 6, bytes(1024))
     assert second.said() == ["ACK 5.03 1000 max_age=5"]
-    put(first, 5, False, 6, b"end")
-    assert len(first.asked().payload) == 5 * 1024 + 3
+    for goes_on in (first, other):
+        put(goes_on, 2, False, 6, b"end")
+        assert len(goes_on.asked().payload) == 2 * 1024 + 3
     second.sends(CON, Code.PUT, 7, path="large-update", block1=(0, True, 6), payload=bytes(1024))
     assert second.said() == ["ACK 2.31 7 block1=0/1/1024"]
     second.machine.close()
-    assert memory.uploads.bytes == 0
+    assert memory.uploads.size == 0
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_when_nothing_is_kept_the_handler_is_asked_again() -> None:
     talk.asked()
     talk.answers(Code.CONTENT, BODY[:2_000])
     talk.passes(248)
-    assert talk.memory.snapshots.bytes == 0
+    assert talk.memory.snapshots.size == 0
     talk.sends(CON, Code.GET, 2, path="large", block2=(1, False, 6))
     talk.asked()
     talk.answers(Code.CONTENT, BODY[:2_000])
@@ -322,14 +324,14 @@ def test_snapshots_are_bounded_for_one_peer_and_over_all() -> None:
             talk.sends(CON, Code.GET, ord(path), path=path)
             talk.asked()
             talk.answers(Code.CONTENT, BODY[:3_000])
-            assert memory.snapshots.bytes <= 20_000
+            assert memory.snapshots.size <= 20_000
     assert len(memory.snapshots) == 5
     assert memory.counters.snapshots_forgotten == 32 - 5
     crowd[0].sends(CON, Code.GET, 999, path="d", block2=(1, False, 6))
     crowd[0].asked()  # forgotten: the handler is asked
     for talk in crowd:
         talk.machine.close()
-    assert (len(memory.snapshots), memory.snapshots.bytes) == (0, 0)
+    assert (len(memory.snapshots), memory.snapshots.size) == (0, 0)
 
 
 def test_an_answer_too_large_to_keep_is_asked_for_block_by_block() -> None:
@@ -402,7 +404,7 @@ def test_any_blocks_in_any_order_stay_within_bounds(
             talk.answers(Code.CHANGED, exchange=event.exchange)
         talk.events.clear()
         assert len(talk.said()) == 1
-        assert talk.memory.uploads.bytes <= 1_500
+        assert talk.memory.uploads.size <= 1_500
         assert len(talk.memory.uploads) <= 1
     talk.passes(300)
-    assert talk.memory.uploads.bytes == 0
+    assert talk.memory.uploads.size == 0

@@ -266,7 +266,7 @@ def test_large_answers_are_forgotten_by_their_bytes() -> None:
         talk.sends(CON, Code.GET, message_id, path="test")
         talk.asked()
         talk.answers(Code.CONTENT, bytes(1_000))
-    assert talk.memory.duplicates.bytes <= 4_000
+    assert talk.memory.duplicates.size <= 4_000
     talk.sends(CON, Code.GET, 9, path="test")
     assert not talk.events
 
@@ -281,14 +281,14 @@ def test_the_memory_of_all_is_bounded_and_given_back() -> None:
             talk.sends(kind, Code.POST, message_id, path="test")
             talk.asked()
             talk.answers(Code.CHANGED)
-            assert memory.duplicates.bytes <= 20_000
+            assert memory.duplicates.size <= 20_000
     assert len(memory.duplicates) > 40
     for talk in crowd[:19]:
         talk.machine.close()
     crowd[19].sends(CON, Code.POST, 9, path="test")
     assert not crowd[19].events  # its own newest one is still there
     crowd[19].machine.close()
-    assert (memory.duplicates.bytes, len(memory.duplicates)) == (0, 0)
+    assert (memory.duplicates.size, len(memory.duplicates)) == (0, 0)
     assert memory.next_expiry() is None
 
 

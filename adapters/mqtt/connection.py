@@ -799,8 +799,8 @@ class Connection:
                 raise violation("a session expiry where CONNECT had none")  # 5.0 §3.14.2.2.2
             expiry = self._expiry(interval)
         normal = packet.reason is ReasonCode.SUCCESS  # then the will is dropped [MQTT-3.14.4-3]
+        # What is answered by now still leaves: who sends all at once learns that it was admitted [MQTT-3.2.0-1].
         self._finish(now, Cause.DISCONNECTED, packet.reason, "", publish_will=not normal, expiry=expiry)
-        self._discard_output()
 
     # Negotiation ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from adapters.mqtt.wire import encode
-from adapters.mqtt.wire_packets import Ack, Disconnect, Publish, QoS
+from adapters.mqtt.wire_packets import Ack, Connack, Connect, Disconnect, Publish, QoS
 from adapters.mqtt.wire_reasons import ReasonCode, Version
 from registry.uplinks import UplinkLimits, Uplinks
 from tests.http_api import Api, api
@@ -82,3 +82,18 @@ async def test_who_says_goodbye_right_behind_a_burst_has_said_all_of_it(mqtt: Ru
         await until(lambda: not mqtt.server.peers)
     await until(lambda: mqtt.server.counters.stored == BURST)
     assert mqtt.server.counters.full == 0
+
+
+@pytest.mark.parametrize("version", Version)
+async def test_who_says_all_in_one_piece_learns_that_it_was_admitted(mqtt: Running, version: Version) -> None:
+    device = await mqtt.device()
+    connect = Connect(version, "one", user_name=device.device_id, password=device.api_key.encode())
+    goodbye = encode(Disconnect(), version)
+    async with mqtt.client(version=version) as client:
+        await client.send_raw(
+            encode(connect, version) + burst(device.device_id, 3, QoS.AT_LEAST_ONCE, version) + goodbye
+        )
+        rest = await client.closed()
+    assert isinstance(rest[0], Connack)
+    assert rest[0].reason is ReasonCode.SUCCESS
+    await until(lambda: mqtt.server.counters.stored == 3)

@@ -63,6 +63,7 @@ class Echo:
 
     def established(self, association: Association) -> None:
         self.associations.append(association)
+        association.keep()
 
     def received(self, association: Association, datagram: bytes) -> None:
         self.received_datagrams.append(datagram)

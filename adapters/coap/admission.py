@@ -19,7 +19,9 @@ A Claimant has no identity and opens no session. It may provision, and read what
 are, of one address, for how long and how often they may ask is bounded. Those who proved a claim PSK and those who
 proved nothing are counted apart, so that a crowd of the second keeps none of the first out; where either is full, the
 oldest of the address that has most gives way to an address that has less. Whoever is not a device, whatever became of
-its admission, is let go after `provisioning_seconds`: an association costs a place that devices need.
+its admission, is let go after `provisioning_seconds`; for whom there was no room, within `turned_away_linger`, unless
+there is when it asks again. An association costs a place that devices need. So only those of devices are kept when the
+listener's table is full; any other gives way to a newcomer, and a device that it hits comes back and is the newest.
 
 A device that wakes up behind a NAT comes back from another port and leaves its old association lying there. So of one
 device only the newest few stay: what was silent longest is closed. That is its own doing: all of them proved its key.
@@ -208,7 +210,9 @@ class Admission:
         full = here >= self.limits.provisioning_per_address
         if full or (sum(map(len, pool.values())) >= most and not self._displaced(pool, here)):
             self.counters.turned_away += 1
+            guest.end_in(self.limits.turned_away_linger)
             raise ResourceExhausted("too many peers are provisioning now", retry_after=5.0)
+        guest.stay()
         pool.setdefault(block, []).append(guest)
         return Claimant(template_id)
 
@@ -256,7 +260,8 @@ class Guest:
         self._peer.context = self
         self._end: asyncio.TimerHandle | None = None
         self._deciding: asyncio.Task[Role | RegistryError] | None = None
-        self.end_in(admission.limits.provisioning_seconds)  # unless it turns out to be a device, whose session ends it
+        self._until = self._loop.time() + admission.limits.provisioning_seconds
+        self.stay()  # unless it turns out to be a device, whose session ends it
         self._decide()
 
     @property
@@ -281,9 +286,15 @@ class Guest:
     def end_in(self, seconds: float) -> None:
         """Close it then, or earlier if that was said before."""
         at = self._loop.time() + seconds
+        if self._end is None or at < self._end.when():
+            self._end_at(at)
+
+    def stay(self) -> None:
+        """Close it when the time of one that is nobody is over, whatever was said before."""
+        self._end_at(self._until)
+
+    def _end_at(self, at: float) -> None:
         if self._end is not None:
-            if self._end.when() <= at:
-                return
             self._end.cancel()
         self._end = self._loop.call_at(at, self.close_now)
 
@@ -340,6 +351,7 @@ class Guest:
         if isinstance(role, Device) and self._end is not None:
             self._end.cancel()
             self._end = None
+            self.association.keep()
         if self.gone:  # it left while it was being admitted
             admission.leave(self)
         else:

@@ -17,6 +17,8 @@ class ServerLimits:
     provisioning_per_address: int = 64  # of these; a rack of devices that boots together comes in turns
     provisioning_seconds: float = 180.0
     """Of one: twice the time for which a client repeats a request (RFC 7252 §4.8.2), with a claim in between."""
+    turned_away_linger: float = 8.0
+    """How long one for whom there was no room may ask again, before its association is closed: it is told to wait 5."""
     provisioning_attempts: int = 20  # requests to provision on one such association
     provisioning_attempts_per_second: float = 100.0  # from one address, as over HTTPS
     provisioning_attempts_burst: int = 1_000

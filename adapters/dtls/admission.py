@@ -11,8 +11,13 @@ So a newcomer takes the place of the oldest handshake that has not come back sin
 when that one is full: somebody who answers in one round trip gets in during any flood that is slower than that.
 Handshakes that have come back keep their places until their time is over.
 
-    started ──second flight──▶ returned ──verified──▶ (an association)
-       └─ may be displaced        └─ keeps its place until `handshake_timeout`
+Whoever can do a handshake without a credential could fill the table of associations instead. So an association is
+nobody's until the application says that it is kept; at a full table, or a full block, the oldest of nobody's gives way
+first, before any handshake does. A peer that is being judged is the newest of them.
+
+    started ──second flight──▶ returned ──verified──▶ nobody's association ──kept──▶ somebody's
+       └─ may be displaced        │                      └─ gives way at a full table
+                                  └─ keeps its place until `handshake_timeout`
 
 Everything runs on one event loop; nothing can race.
 """
@@ -140,29 +145,32 @@ class DtlsCounters:
 class Place:
     """What one handshake, and the association that it becomes, holds in the ledger."""
 
-    __slots__ = ("block", "returned", "shaking")
+    __slots__ = ("block", "kept", "returned", "shaking")
 
     def __init__(self, block: str) -> None:
         self.block = block
         self.shaking = True
         self.returned = False
+        self.kept = False
 
 
 class Ledger:
     """Counts associations and handshakes in flight, says which limit a newcomer would break, and who may give way."""
 
-    __slots__ = ("_blocks", "_counters", "_fresh", "_limits")
+    __slots__ = ("_blocks", "_counters", "_fresh", "_limits", "_nobodies")
 
     def __init__(self, limits: DtlsLimits, counters: DtlsCounters) -> None:
         self._limits = limits
         self._counters = counters
         self._blocks: dict[str, _Block] = {}
         self._fresh: dict[Place, None] = {}  # in the order in which they came
+        self._nobodies: dict[Place, None] = {}  # associations that are not kept, in the order in which they verified
 
     def admit(self, address: str) -> Place | Drop | GiveWay:
         """Take a place for a handshake from `address`, or say what stands in the way (and take none).
 
-        `GiveWay` names the handshake whose end (by `ended`) makes room; the caller ends it and asks again.
+        `GiveWay` names the handshake or the association whose end (by `ended`) makes room; the caller ends it and asks
+        again.
         """
         limits, counters = self._limits, self._counters
         block = address_block(address)
@@ -172,9 +180,9 @@ class Ledger:
         if counters.handshaking >= limits.handshakes_in_flight:
             return _oldest(self._fresh) or Drop.HANDSHAKE_LIMIT
         if counters.open + counters.handshaking >= limits.associations:
-            return _oldest(self._fresh) or Drop.ASSOCIATION_LIMIT
+            return _oldest(self._nobodies) or _oldest(self._fresh) or Drop.ASSOCIATION_LIMIT
         if held is not None and held.open + held.shaking >= limits.associations_per_address:
-            return _oldest(held.fresh) or Drop.ADDRESS_ASSOCIATIONS
+            return _oldest(held.nobodies) or _oldest(held.fresh) or Drop.ADDRESS_ASSOCIATIONS
         if held is None:
             held = self._blocks[block] = _Block()
         place = Place(block)
@@ -192,14 +200,23 @@ class Ledger:
             del self._blocks[place.block].fresh[place]
 
     def verified(self, place: Place) -> None:
-        """The handshake has become an association."""
+        """The handshake has become an association, nobody's for now."""
         self.returned(place)
         place.shaking = False
         held = self._blocks[place.block]
         held.shaking -= 1
         held.open += 1
+        held.nobodies[place] = None
+        self._nobodies[place] = None
         self._counters.handshaking -= 1
         self._counters.open += 1
+
+    def kept(self, place: Place) -> None:
+        """The association is somebody's: it gives way to nobody."""
+        if not place.kept:
+            place.kept = True
+            del self._nobodies[place]
+            del self._blocks[place.block].nobodies[place]
 
     def ended(self, place: Place) -> None:
         """Give the place back; exactly once."""
@@ -209,6 +226,7 @@ class Ledger:
             held.shaking -= 1
             self._counters.handshaking -= 1
         else:
+            self.kept(place)
             held.open -= 1
             self._counters.open -= 1
         if not held.shaking and not held.open:
@@ -216,20 +234,21 @@ class Ledger:
 
 
 class _Block:
-    __slots__ = ("fresh", "open", "shaking")
+    __slots__ = ("fresh", "nobodies", "open", "shaking")
 
     def __init__(self) -> None:
         self.shaking = 0
         self.open = 0
         self.fresh: dict[Place, None] = {}
+        self.nobodies: dict[Place, None] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class GiveWay:
-    """The handshake that makes room."""
+    """The handshake, or the association of nobody's, that makes room."""
 
     place: Place
 
 
-def _oldest(fresh: dict[Place, None]) -> GiveWay | None:
-    return GiveWay(next(iter(fresh))) if fresh else None
+def _oldest(places: dict[Place, None]) -> GiveWay | None:
+    return GiveWay(next(iter(places))) if places else None

@@ -45,7 +45,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 from adapters.dtls.admission import Drop, DtlsCounters, DtlsLimits, GiveWay, Ledger, Place
 from adapters.dtls.context import DtlsContext
@@ -106,7 +106,7 @@ class DtlsListener:
         self._cookies = CookieJar(self.limits.cookie_lifetime, random, clock())
         self._living: dict[Address, DtlsAssociation] = {}
         self._pending: dict[Address, _Pending] = {}
-        self._by_place: dict[Place, _Pending] = {}
+        self._by_place: dict[Place, _Pending | DtlsAssociation] = {}  # that may have to give way
         self._socket: socket.socket | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._ticker: asyncio.TimerHandle | None = None
@@ -271,10 +271,19 @@ class DtlsListener:
                     return place
                 case GiveWay(oldest):
                     self.counters.drop(Drop.DISPLACED)
-                    self._forget_pending(self._by_place[oldest])
+                    self._displace(self._by_place[oldest])
                 case Drop() as full:
                     self.counters.drop(full)
                     return None
+
+    def _displace(self, oldest: _Pending | DtlsAssociation) -> None:
+        match oldest:
+            case _Pending():
+                self._forget_pending(oldest)
+            case DtlsAssociation():
+                oldest.leave("gave way to a newcomer", farewell=True)
+            case _:
+                assert_never(oldest)
 
     # Out
 
@@ -307,8 +316,12 @@ class DtlsListener:
         if older is not None:
             counters.replaced += 1
             older.leave("replaced by a new handshake", farewell=False)
-        self._living[pending.address] = association
-        self.application.established(association)
+        self._living[pending.address] = self._by_place[association.place] = association
+        try:
+            self.application.established(association)
+        except Exception:  # the end of this connection, and of no other
+            _log.exception("dtls.application.failed")
+            association.leave("internal error", farewell=True)
         return association
 
     def failed(self, pending: _Pending, drop: Drop) -> None:
@@ -321,7 +334,13 @@ class DtlsListener:
         """An association has ended: its address and its place are free."""
         if self._living.get(association.key) is association:
             del self._living[association.key]
+            self._by_place.pop(association.place, None)
             self.ledger.ended(association.place)
+
+    def keep(self, association: DtlsAssociation) -> None:
+        """An association is somebody's: it never has to give way."""
+        self._by_place.pop(association.place, None)
+        self.ledger.kept(association.place)
 
     def _forget_pending(self, pending: _Pending) -> None:
         self._remove_pending(pending)
@@ -425,7 +444,11 @@ class _Pending:
             key = None
         self._asking = None
         self._mismatched = None if key is None else key.mismatched
-        self._handle(self.engine.key(key))
+        try:
+            self._handle(self.engine.key(key))
+        except Exception:  # the end of this handshake, and of no other
+            _log.exception("dtls.handshake.failed")
+            self._listener.failed(self, Drop.HANDSHAKE_FAILED)
 
 
 class DtlsAssociation:
@@ -458,6 +481,11 @@ class DtlsAssociation:
         self.alive = True
         self.room = pending.engine.room
         self.heard = listener.clock()
+
+    def keep(self) -> None:
+        """See ports.Association."""
+        if self.alive:
+            self._listener.keep(self)
 
     def send(self, datagram: bytes) -> None:
         """See ports.Association. Raises ValueError for a datagram larger than `room`."""

@@ -75,6 +75,9 @@ class Association(Protocol):
     def room(self) -> int:
         """Bytes of the largest datagram that `send` takes: what is left of the path's MTU after DTLS and UDP."""
 
+    def keep(self) -> None:
+        """Say that it is somebody's. Until then it may have to give way to a newcomer's handshake (`ended` tells)."""
+
     def send(self, datagram: bytes) -> None:
         """Encrypt and send; after the end it does nothing. Never waits: a full socket loses it, as the network may."""
 
@@ -98,4 +101,4 @@ class Application(Protocol):
         """One decrypted datagram. Must not raise, and must not wait."""
 
     def ended(self, association: Association, reason: str) -> None:
-        """The peer closed, was silent too long, came back with a new handshake, or broke the protocol."""
+        """The peer closed, was silent too long, came back with a new handshake, gave way, or broke the protocol."""

@@ -7,7 +7,9 @@ from contextlib import AsyncExitStack
 from aiocoap.numbers.codes import Code
 
 from adapters.coap.server_limits import ServerLimits
+from adapters.dtls.admission import DtlsLimits
 from tests.coap_server import CoapClient, serving_coap
+from tests.dtls_peers import udp_client
 from tests.http_api import Api, api  # noqa: F401
 from tests.nodes import until
 
@@ -46,3 +48,43 @@ async def test_where_all_places_are_taken_the_greediest_address_gives_one_up(api
         assert (await greedy[1].get("/time")).code is Code.CONTENT
         more = await crowd.enter_async_context(coap.client(local=("127.0.0.2", 0)))
         assert (await more.get("/time")).code is Code.TOO_MANY_REQUESTS, "it would hold as many, then"
+
+
+async def test_for_whom_there_was_no_room_is_let_go_soon_unless_there_is_when_it_asks_again(api: Api) -> None:  # noqa: F811
+    limits = ServerLimits(provisioning_per_address=1, turned_away_linger=2.5)
+    async with serving_coap(api, limits) as coap, AsyncExitStack() as crowd:
+        first = await crowd.enter_async_context(coap.client())
+        assert (await first.get("/time")).code is Code.CONTENT
+        patient, idle = [await crowd.enter_async_context(coap.client()) for _ in range(2)]
+        for each in (patient, idle):
+            assert (await each.get("/time")).code is Code.TOO_MANY_REQUESTS
+        first.socket.client.connection.shutdown()
+        first.socket.out(first.socket.client.written())
+        await until(lambda: coap.server.admission.claimants == 0)
+        assert (await patient.get("/time")).code is Code.CONTENT
+        await idle.closed()
+        assert (await patient.get("/time")).code is Code.CONTENT, "it has the time of those who were let in"
+        assert coap.server.dtls_counters.open == 1
+
+
+async def test_a_full_table_has_room_for_a_device_while_anybody_in_it_is_nobody(api: Api) -> None:  # noqa: F811
+    limits, dtls_limits = ServerLimits(provisioning=2), DtlsLimits(associations=6)
+    async with serving_coap(api, limits, dtls_limits=dtls_limits) as coap, AsyncExitStack() as crowd:
+        devices = [await coap.device(f"HW-{number}") for number in range(7)]
+        known = await crowd.enter_async_context(coap.client(devices[0]))
+        assert (await known.get("/config")).code is Code.CONTENT
+        nobodies = [await crowd.enter_async_context(coap.client()) for _ in range(9)]
+        for each in nobodies[:4]:
+            await each.closed()  # they were the oldest
+        for device in devices[1:6]:
+            client = await crowd.enter_async_context(coap.client(device))
+            assert (await client.get("/config")).code is Code.CONTENT
+        for each in nobodies:
+            await each.closed()
+        assert (await known.get("/config")).code is Code.CONTENT, "it was there before them all"
+        counters = coap.server.dtls_counters.as_dict()
+        assert (counters["dropped_displaced"], counters["dropped_association_limit"]) == (9, 0)
+        async with udp_client(coap.port, devices[6].context()) as one_too_many:
+            one_too_many.out(one_too_many.client.step())
+            await until(lambda: coap.server.dtls_counters.as_dict()["dropped_association_limit"] > 0)
+        assert (coap.server.dtls_counters.open, coap.server.coap_counters.peers) == (6, 6)

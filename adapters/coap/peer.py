@@ -382,10 +382,11 @@ class PeerMachine:
         if taken is Refusal.TOO_LARGE:
             counters.too_large += 1
             echo.append((SIZE1, encode_uint(self._limits.body_bytes)))  # RFC 7959 §2.9.3, §4
-            self._finish(exchange, Code.REQUEST_ENTITY_TOO_LARGE, echo, b"", now)
+            told = f"up to {self._limits.body_bytes} bytes are taken"
+            self._finish(exchange, Code.REQUEST_ENTITY_TOO_LARGE, echo, told.encode(), now)
         elif taken is Refusal.INCOMPLETE:
             counters.incomplete += 1
-            self._finish(exchange, Code.REQUEST_ENTITY_INCOMPLETE, echo, b"", now)
+            self._finish(exchange, Code.REQUEST_ENTITY_INCOMPLETE, echo, b"blocks are missing; begin anew", now)
         elif taken is Refusal.MISFIT:
             counters.bad_options += 1
             self._finish(exchange, Code.BAD_REQUEST, echo, b"a block of another size than it says", now)

@@ -74,8 +74,8 @@ def test_a_gap_is_incomplete_and_ends_the_upload() -> None:
     put(talk, 1, True, 0, bytes(16))
     assert talk.said() == [
         "ACK 2.31 1000 block1=0/1/16",
-        "ACK 4.08 1002 block1=2/1/16",
-        "ACK 4.08 1001 block1=1/1/16",
+        "ACK 4.08 1002 block1=2/1/16 'blocks are missing; begin anew'",
+        "ACK 4.08 1001 block1=1/1/16 'blocks are missing; begin anew'",
     ]
     assert not talk.events
     assert talk.counters.incomplete == 2
@@ -84,14 +84,14 @@ def test_a_gap_is_incomplete_and_ends_the_upload() -> None:
 def test_blocks_without_a_first_one_are_incomplete() -> None:
     talk = Dialogue()
     put(talk, 3, False, 6, b"the end of something")
-    assert talk.said() == ["ACK 4.08 1003 block1=3/0/1024"]
+    assert talk.said() == ["ACK 4.08 1003 block1=3/0/1024 'blocks are missing; begin anew'"]
 
 
 def test_another_content_format_is_incomplete() -> None:
     talk = Dialogue()
     put(talk, 0, True, 0, bytes(16), content_format=50)
     put(talk, 1, False, 0, bytes(4), content_format=60)
-    assert talk.said()[1] == "ACK 4.08 1001 block1=1/0/16"  # RFC 7959 §2.9.2
+    assert talk.said()[1] == "ACK 4.08 1001 block1=1/0/16 'blocks are missing; begin anew'"  # RFC 7959 §2.9.2
 
 
 def test_a_new_first_block_begins_anew() -> None:
@@ -140,7 +140,8 @@ def test_too_much_is_refused_with_the_size_that_is_allowed(
             put(talk, done, True, 6, BODY[done * 1024 : done * 1024 + 1024])
         talk.said()
     put(talk, number, more, 6, payload, size1=size1)
-    assert talk.said() == [f"ACK 4.13 {1_000 + number} size1=65536 block1={number}/{int(more)}/1024"]
+    told = "'up to 65536 bytes are taken'"
+    assert talk.said() == [f"ACK 4.13 {1_000 + number} size1=65536 block1={number}/{int(more)}/1024 {told}"]
     assert (len(talk.memory.uploads), talk.memory.uploads.size, talk.counters.too_large) == (0, 0, 1)
 
 
@@ -163,7 +164,7 @@ def test_an_interrupted_upload_is_forgotten() -> None:
     talk.passes(2)
     assert (len(talk.memory.uploads), talk.memory.uploads.size) == (0, 0)
     put(talk, 2, False, 6, bytes(1024))
-    assert talk.said()[-1] == "ACK 4.08 1002 block1=2/0/1024"
+    assert talk.said()[-1] == "ACK 4.08 1002 block1=2/0/1024 'blocks are missing; begin anew'"
 
 
 def test_a_peer_with_many_uploads_loses_its_own_oldest() -> None:
@@ -173,7 +174,7 @@ def test_a_peer_with_many_uploads_loses_its_own_oldest() -> None:
         talk.machine._table.entries.clear()
     assert len(talk.memory.uploads) == 2
     put(talk, 1, False, 6, b"x", path="a")
-    assert talk.said()[-1] == "ACK 4.08 1001 block1=1/0/1024"
+    assert talk.said()[-1] == "ACK 4.08 1001 block1=1/0/1024 'blocks are missing; begin anew'"
 
 
 def test_the_bytes_of_one_peer_are_bounded() -> None:

@@ -136,19 +136,19 @@ class Admission:
         made = await resolver.offer(PskIdentity(identity), contact)
         return PskKey(made.key, _Offered(made, contact), partial(resolver.unproven, made, contact))
 
-    async def decide(self, guest: Guest) -> Role:
+    async def decide(self, guest: Guest, contact: Contact) -> Role:
         """What a proof makes its holder. Raises Unauthenticated, ResourceExhausted, Unavailable."""
         proof = guest.association.proof
         match proof:
-            case PskProven(offer=_Offered(PskOffer() as made, contact)):
+            case PskProven(offer=_Offered(PskOffer() as made)):
                 identity = await self.registry.resolver.confirm(made, contact)
                 return await self._open(guest, identity, contact)
-            case PskProven(offer=_Offered(ClaimOffer() as made, _)):
+            case PskProven(offer=_Offered(ClaimOffer() as made)):
                 return self._claimant(guest, self.registry.claim_psks.confirm(made))
             case PskProven():
                 raise AssertionError("an offer that this admission did not make")
             case CertificateProven(der=der):
-                return await self._certificate(guest, der)
+                return await self._certificate(guest, der, contact)
             case NothingProven():
                 return self._claimant(guest, None)
             case _:
@@ -185,8 +185,7 @@ class Admission:
 
     # -- verdicts --------------------------------------------------------------------------------------------------
 
-    async def _certificate(self, guest: Guest, der: bytes) -> Role:
-        contact = _contact(guest.association.address)
+    async def _certificate(self, guest: Guest, der: bytes, contact: Contact) -> Role:
         evidence = ClientCertificate(der)
         if _has_ended(der, self.registry):  # only such a one may have the smaller right; everybody else is judged once
             return Renewer(await self.registry.resolver.admit_for_renewal(evidence, contact))
@@ -334,13 +333,13 @@ class Guest:
         return self._deciding
 
     async def _decided(self) -> Role | RegistryError:
-        admission = self._admission
+        admission, contact = self._admission, _contact_of(self.association)
         try:
-            role = await admission.decide(self)
+            role = await admission.decide(self, contact)
         except Unauthenticated as error:
             admission.counters.refused += 1
-            if not self.gone:
-                self._endpoint.refuse(self._peer, error_response(error, uuid4().hex))
+            if not self.gone:  # with the id under which the reason was noted
+                self._endpoint.refuse(self._peer, error_response(error, contact.correlation_id))
                 self.end_in(admission.limits.refused_linger)
             return error
         except RegistryError as error:
@@ -357,6 +356,15 @@ class Guest:
         else:
             self._endpoint.admit(self._peer, known=isinstance(role, Device))
         return role
+
+
+def _contact_of(association: Association) -> Contact:
+    """That of the handshake, where it has one: its refusals were noted under it."""
+    match association.proof:
+        case PskProven(offer=_Offered(contact=contact)):
+            return contact
+        case _:
+            return _contact(association.address)
 
 
 def _contact(address: str) -> Contact:

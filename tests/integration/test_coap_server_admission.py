@@ -45,9 +45,14 @@ async def test_a_registered_certificate_of_any_authority_admits_until_it_is_revo
         with pytest.raises(Gone):
             await client.notified()
     async with coap.client(context) as client:
-        assert (await client.get("/config")).code is Code.UNAUTHORIZED
+        answer = await client.get("/config")
+        assert answer.code is Code.UNAUTHORIZED
         await client.closed()
     assert coap.server.counters.refused == 1
+    events = (await coap.get(f"/devices/{device_id}/timeline"))["events"]
+    [refused] = [event["data"] for event in events if event["kind"] == "auth.refused"]
+    assert refused["reason"] == "credential revoked"
+    assert answer.payload.endswith(f"({refused['correlation_ids'][0]})".encode()), "by it the operator finds the reason"
 
 
 async def test_an_unknown_certificate_is_told_once_and_closed(coap: Running) -> None:

@@ -231,7 +231,7 @@ class Uploads:
     def _room(self, uploader: _Uploader, key: Key, extra: int) -> bool:
         """Whether `key` may take more; others of its peer, or of a stranger who has much more than it, make room."""
         limits, shares = self._limits, self._shares(uploader)
-        most = limits.upload_bytes_per_peer if uploader.known else limits.upload_bytes_per_stranger
+        most = limits.upload_bytes_per_peer if uploader.known else limits.body_bytes + _COST
         while uploader.bytes + extra > most:
             oldest = next((other for other in uploader.uploads if other != key), None)
             if oldest is None:

@@ -44,8 +44,8 @@ class CoapLimits:
     uploads_per_peer: int = 4
     upload_bytes_per_peer: int = 131_072  # two of the largest at once
     upload_bytes: int = 33_554_432  # of all devices: 512 of the largest, 8,000 CSRs
-    upload_bytes_per_stranger: int = 34_816  # whose association is no device's: the largest request to provision
-    stranger_upload_bytes: int = 8_388_608  # of them all: 240 of the largest, 2,000 CSRs
+    stranger_upload_bytes: int = 8_388_608  # of all whose association is no device's, or not yet; of one of them one of
+    # the largest, since it may be a device that begins to send while it is being judged: 127 of them, 2,000 CSRs
     upload_timeout: float = 247.0  # without a new block: the one before and the next may take 45 s each to get through,
     # and a slow path 100 s (EXCHANGE_LIFETIME, RFC 7252 §4.8.2); what it can hold meanwhile is bounded above
     snapshot_bytes_per_peer: int = 131_072

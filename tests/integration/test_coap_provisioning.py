@@ -76,6 +76,14 @@ async def test_refusals_of_a_claim_look_alike(coap: Running) -> None:
         assert (await client.post("/provision", claim(template), CBOR)).code is Code.CREATED
 
 
+async def test_a_template_without_claims_left_still_answers_those_it_made(coap: Running) -> None:
+    template, context = await coap.template(max_claims=1)
+    for hardware_id, code in (("W-1", Code.CREATED), ("W-2", Code.FORBIDDEN), ("W-1", Code.CHANGED)):
+        async with coap.client(context) as client:
+            answer = await client.post("/provision", claim(template) | {"hardware_id": hardware_id}, CBOR)
+        assert answer.code is code, hardware_id
+
+
 async def test_a_token_and_a_request_bring_a_certificate_and_where_to_go(coap: Running) -> None:
     made = await coap.post("/devices/registration/tokens", {"name": "Valve"})
     async with coap.client() as client:

@@ -21,6 +21,8 @@ import psutil
 import pytest
 
 from adapters.dtls.admission import DtlsLimits
+from adapters.dtls.engine import DtlsEngine
+from adapters.dtls.listener import _TURN
 from adapters.dtls.ports import Association, CertificateProven, NothingProven, PskProven
 from adapters.dtls.records import hello_verify_request, read_client_hello
 from tests.dtls_peers import (
@@ -118,7 +120,16 @@ async def test_the_silent_are_let_go_with_a_word() -> None:
 
 
 class Fragile(Echo):
-    """An application with a defect that a peer can reach."""
+    """An application with defects that a peer can reach."""
+
+    failing: int = 0
+    """So many of the next associations."""
+
+    def established(self, association: Association) -> None:
+        if self.failing:
+            self.failing -= 1
+            raise KeyError("a defect")
+        super().established(association)
 
     def received(self, association: Association, datagram: bytes) -> None:
         if datagram == b"poison":
@@ -126,15 +137,19 @@ class Fragile(Echo):
         super().received(association, datagram)
 
 
-async def test_an_application_that_fails_over_a_datagram_loses_that_association_only() -> None:
+@pytest.mark.parametrize("pending", [False, True])
+async def test_an_application_that_fails_over_a_datagram_loses_that_association_only(pending: bool) -> None:
     fragile = Fragile()
     async with serving(fragile) as listener, udp_client(listener.port) as good, udp_client(listener.port) as bad:
         await good.handshake()
         await bad.handshake()
-        # A handshake from the same address and port makes a stranger of it: its datagrams wait for the strangers' turn.
-        heard = len(bad.heard)
-        bad.put(Client(psk_client_context()).step()[0])
-        await bad.until(lambda: len(bad.heard) > heard)
+        if pending:  # with a handshake from the same address and port its datagrams wait for the strangers' turn
+            again, heard = Client(psk_client_context()), len(bad.heard)
+            bad.put(again.step()[0])
+            await bad.until(lambda: len(bad.heard) > heard)
+            for datagram in again.feed(bad.heard[heard]):
+                bad.put(datagram)
+            await eventually(lambda: listener.counters.handshaking == 1)
         for datagram in bad.client.send(b"poison"):
             bad.put(datagram)
         await bad.until(lambda: bad.client.closed)
@@ -145,27 +160,68 @@ async def test_an_application_that_fails_over_a_datagram_loses_that_association_
             assert await newcomer.ask(b"me too") == b"me too"
 
 
-async def test_a_handshake_that_fails_inside_leaves_the_strangers_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_application_that_fails_over_a_new_association_loses_that_one_only() -> None:
+    fragile, server = Fragile(), make_certificate()
+    async with serving(fragile, credentials=server.credentials()) as listener:
+        for context in (psk_client_context(), certificate_client_context(None)):  # after the key's task, and at once
+            fragile.failing = 1
+            async with udp_client(listener.port, context) as bad:
+                await bad.handshake()
+                await bad.until(lambda bad=bad: bad.client.closed)
+            assert fragile.endings.pop()[1] == "internal error"
+            assert (listener.counters.open, listener.counters.handshaking, listener.associations()) == (0, 0, [])
+        async with udp_client(listener.port) as good:
+            await good.handshake()
+            assert await good.ask(b"me") == b"me"
+
+
+async def test_a_handshake_that_fails_over_its_key_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as listener, udp_client(listener.port) as bad:
+        with monkeypatch.context() as patched:
+            patched.setattr(DtlsEngine, "key", broken)
+            bad.out(bad.client.step())
+            await eventually(lambda: listener.counters.as_dict()["dropped_handshake_failed"] == 1)
+        assert listener.counters.handshaking == 0
+        async with udp_client(listener.port) as good:
+            await good.handshake()
+
+
+def broken(*_: Any) -> None:
+    raise KeyError("a defect")
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_handshake_that_fails_inside_leaves_the_strangers_their_turns(later: bool) -> None:
+    """`later`: in a turn of its own, and not in the one that begins when the socket is read."""
     told: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, what: told.append(repr(what.get("exception"))))
     async with serving() as listener:
         arrived = listener.arrived
-        poison = plain_socket(listener.port)
-        mine = poison.getsockname()
+        long, poison = plain_socket(listener.port), plain_socket(listener.port)
+        turns: list[bool] = []
 
         def failing(datagram: bytes, address: Any) -> None:
-            if address == mine:
+            if address == poison.getsockname():
+                turns.append(listener._turn is not None)
                 raise KeyError("a defect")
-            arrived(datagram, address)
+            if address == long.getsockname():
+                time.sleep(2 * _TURN)  # as much work as a turn has time for: who is next waits for another one
+            else:
+                arrived(datagram, address)
 
         listener.arrived = failing
         try:
             for _ in range(3):
-                poison.send(bytes([22, 0xFE, 0xFD]) + bytes(40))
+                for each in (long, poison) if later else (poison,):  # the loop does not run meanwhile: one batch
+                    each.send(bytes([22, 0xFE, 0xFD]) + bytes(40))
+                await eventually(lambda: turns)
                 async with udp_client(listener.port) as client:
                     await client.handshake()
+                assert turns == [later]
+                turns.clear()
             await eventually(lambda: len(told) == 3)
         finally:
+            long.close()
             poison.close()
 
 

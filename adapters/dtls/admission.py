@@ -9,7 +9,11 @@ and from one address block. A place is taken once and given back exactly once.
 Refusing newcomers at a full house would let whoever fills it keep everybody out for as long as a handshake may take.
 So a newcomer takes the place of the oldest handshake that has not come back since its first flight, of the same block
 when that one is full: somebody who answers in one round trip gets in during any flood that is slower than that.
-Handshakes that have come back keep their places until their time is over.
+A handshake that has come back is on its way, however slow its path. But to come back takes a datagram only, and whoever
+sends one and then nothing must not keep the places either. So a quarter of them is for those that have not come back
+yet: once they have less, the oldest of the others gives way first, if it has had `stalled_after`, and over all blocks
+one of the block that has most such. A flood of handshakes that never come back thus leaves alone whoever has, and a
+flood of those that come back and stop has to begin all of them anew every few seconds to fill three quarters.
 
 Whoever can do a handshake without a credential could fill the table of associations instead. So an association is
 nobody's until the application says that it is kept; at a full table, or a full block, the oldest of nobody's gives way
@@ -17,7 +21,8 @@ first, before any handshake does. A peer that is being judged is the newest of t
 
     started ──second flight──▶ returned ──verified──▶ nobody's association ──kept──▶ somebody's
        └─ may be displaced        │                      └─ gives way at a full table
-                                  └─ keeps its place until `handshake_timeout`
+                                  └─ keeps its place until `handshake_timeout`, or may be displaced when so many
+                                     have stalled that newcomers have too little room
 
 Everything runs on one event loop; nothing can race.
 """
@@ -26,8 +31,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from adapters.tls.admission import address_block
+
+_FRESH_SHARE: Final = 4
+"""One in so many places is for handshakes that have not come back yet: 64 of 256, which even at 600 newcomers a second
+leaves each of them 100 ms to do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,10 @@ class DtlsLimits:
     handshakes_per_address: int = 256  # a site behind one NAT may reconnect at once after a power cut
     associations: int = 20_000  # x about 70 KB: 1.4 GB
     associations_per_address: int = 5_000  # datagram devices sit behind carriers' NATs, many to an address
+    stalled_after: float = (
+        4.0  # since it came back: a client sends a lost flight again after 1 s and 2 s more, RFC 6347
+    )
+    # §4.2.4.1, and has half a second for each; longer only where nobody else wants the place
     idle_timeout: float = 7_200.0  # who reports every hour keeps its association; what a NAT left behind goes
     cookie_lifetime: float = 60.0  # a client answers in a round trip; an hour-old cookie is somebody's collection
     held_datagrams: int = 16  # that may wait for a key: a flight of small fragments
@@ -150,24 +164,28 @@ class Place:
     def __init__(self, block: str) -> None:
         self.block = block
         self.shaking = True
-        self.returned = False
+        self.returned: float | None = None
+        """When its second flight came."""
         self.kept = False
 
 
 class Ledger:
     """Counts associations and handshakes in flight, says which limit a newcomer would break, and who may give way."""
 
-    __slots__ = ("_blocks", "_counters", "_fresh", "_limits", "_nobodies")
+    __slots__ = ("_blocks", "_counters", "_crowds", "_fresh", "_largest", "_limits", "_nobodies")
 
     def __init__(self, limits: DtlsLimits, counters: DtlsCounters) -> None:
         self._limits = limits
         self._counters = counters
         self._blocks: dict[str, _Block] = {}
         self._fresh: dict[Place, None] = {}  # in the order in which they came
+        self._crowds: dict[int, dict[_Block, None]] = {}  # blocks by how many handshakes of theirs have come back
+        self._largest = 0  # of these numbers
         self._nobodies: dict[Place, None] = {}  # associations that are not kept, in the order in which they verified
 
-    def admit(self, address: str) -> Place | Drop | GiveWay:
-        """Take a place for a handshake from `address`, or say what stands in the way (and take none).
+    def admit(self, address: str, now: float) -> Place | Drop | GiveWay:
+        """Take a place for a handshake from `address`, or say what stands in the way (and take none). `now` is seconds
+        on the clock of `returned`.
 
         `GiveWay` names the handshake or the association whose end (by `ended`) makes room; the caller ends it and asks
         again.
@@ -176,13 +194,13 @@ class Ledger:
         block = address_block(address)
         held = self._blocks.get(block)
         if held is not None and held.shaking >= limits.handshakes_per_address:
-            return _oldest(held.fresh) or Drop.ADDRESS_LIMIT
+            return self._handshake_of(held, now) or Drop.ADDRESS_LIMIT
         if counters.handshaking >= limits.handshakes_in_flight:
-            return _oldest(self._fresh) or Drop.HANDSHAKE_LIMIT
+            return self._handshake(now) or Drop.HANDSHAKE_LIMIT
         if counters.open + counters.handshaking >= limits.associations:
-            return _oldest(self._nobodies) or _oldest(self._fresh) or Drop.ASSOCIATION_LIMIT
+            return _oldest(self._nobodies) or self._handshake(now) or Drop.ASSOCIATION_LIMIT
         if held is not None and held.open + held.shaking >= limits.associations_per_address:
-            return _oldest(held.nobodies) or _oldest(held.fresh) or Drop.ADDRESS_ASSOCIATIONS
+            return _oldest(held.nobodies) or self._handshake_of(held, now) or Drop.ADDRESS_ASSOCIATIONS
         if held is None:
             held = self._blocks[block] = _Block()
         place = Place(block)
@@ -192,23 +210,22 @@ class Ledger:
         counters.handshaking += 1
         return place
 
-    def returned(self, place: Place) -> None:
-        """The handshake has come back with its second flight: it keeps its place."""
-        if not place.returned:
-            place.returned = True
-            del self._fresh[place]
-            del self._blocks[place.block].fresh[place]
+    def returned(self, place: Place, now: float) -> None:
+        """The handshake has come back with its second flight, or some of it: it keeps its place for a while."""
+        if place.returned is None:
+            place.returned = now
+            held = self._blocks[place.block]
+            del self._fresh[place], held.fresh[place]
+            held.returned[place] = None
+            self._count(held, 1)
 
     def verified(self, place: Place) -> None:
         """The handshake has become an association, nobody's for now."""
-        self.returned(place)
-        place.shaking = False
         held = self._blocks[place.block]
-        held.shaking -= 1
+        self._shaken(place, held)
         held.open += 1
         held.nobodies[place] = None
         self._nobodies[place] = None
-        self._counters.handshaking -= 1
         self._counters.open += 1
 
     def kept(self, place: Place) -> None:
@@ -222,9 +239,7 @@ class Ledger:
         """Give the place back; exactly once."""
         held = self._blocks[place.block]
         if place.shaking:
-            self.returned(place)
-            held.shaking -= 1
-            self._counters.handshaking -= 1
+            self._shaken(place, held)
         else:
             self.kept(place)
             held.open -= 1
@@ -232,14 +247,56 @@ class Ledger:
         if not held.shaking and not held.open:
             del self._blocks[place.block]
 
+    def _shaken(self, place: Place, held: _Block) -> None:
+        """The handshake is over."""
+        if place.returned is None:
+            del self._fresh[place], held.fresh[place]
+        else:
+            del held.returned[place]
+            self._count(held, -1)
+        place.shaking = False
+        held.shaking -= 1
+        self._counters.handshaking -= 1
+
+    def _count(self, held: _Block, change: int) -> None:
+        """One handshake more, or less, of a block has come back."""
+        crowds, count = self._crowds, len(held.returned)
+        if before := count - change:
+            del crowds[before][held]
+            if not crowds[before]:
+                del crowds[before]
+        if count:
+            crowds.setdefault(count, {})[held] = None
+        if count > self._largest or self._largest not in crowds:
+            self._largest = count
+
+    def _handshake(self, now: float) -> GiveWay | None:
+        """The handshake that makes room where no place is left at all."""
+        crowd = next(iter(self._crowds[self._largest])).returned if self._largest else {}
+        return self._gives_way(self._fresh, crowd, self._counters.handshaking, now)
+
+    def _handshake_of(self, held: _Block, now: float) -> GiveWay | None:
+        """The handshake that makes room where none is left for its block."""
+        return self._gives_way(held.fresh, held.returned, held.shaking, now)
+
+    def _gives_way(
+        self, fresh: dict[Place, None], returned: dict[Place, None], most: int, now: float
+    ) -> GiveWay | None:
+        oldest = next(iter(returned), None)
+        if oldest is None or oldest.returned is None or len(fresh) >= most / _FRESH_SHARE:
+            return _oldest(fresh)
+        stalled = now - oldest.returned >= self._limits.stalled_after
+        return GiveWay(oldest) if stalled else _oldest(fresh)
+
 
 class _Block:
-    __slots__ = ("fresh", "nobodies", "open", "shaking")
+    __slots__ = ("fresh", "nobodies", "open", "returned", "shaking")
 
     def __init__(self) -> None:
         self.shaking = 0
         self.open = 0
         self.fresh: dict[Place, None] = {}
+        self.returned: dict[Place, None] = {}  # in the order in which they did
         self.nobodies: dict[Place, None] = {}
 
 

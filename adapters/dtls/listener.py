@@ -254,7 +254,7 @@ class DtlsListener:
             self._forget_pending(before)
         if living is not None and living.hello_random == hello.random:
             return
-        place = self._place(str(address[0]))
+        place = self._place(str(address[0]), now)
         if place is None:
             return
         self.counters.started += 1
@@ -264,9 +264,9 @@ class DtlsListener:
             self._ticker = asyncio.get_running_loop().call_later(_TICK, self._tick)
         pending.start(hello)
 
-    def _place(self, host: str) -> Place | None:
+    def _place(self, host: str, now: float) -> Place | None:
         while True:
-            match self.ledger.admit(host):
+            match self.ledger.admit(host, now):
                 case Place() as place:
                     return place
                 case GiveWay(oldest):
@@ -394,8 +394,8 @@ class _Pending:
 
     def receive(self, datagram: bytes) -> None:
         events = self.engine.receive(datagram)
-        if not self.place.returned and self.engine.returned:
-            self._listener.ledger.returned(self.place)
+        if self.place.returned is None and self.engine.returned:
+            self._listener.ledger.returned(self.place, self._listener.clock())
         self._handle(events)
 
     def stop(self) -> None:

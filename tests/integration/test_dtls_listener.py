@@ -397,6 +397,34 @@ async def test_a_flood_of_half_open_handshakes_leaves_room_for_good_ones() -> No
         assert listener.counters.started > FLOOD // 10
 
 
+async def test_handshakes_that_send_one_byte_and_stop_keep_nobody_out() -> None:
+    """Of a key exchange of 32 bytes, in eight handshakes that are all that their address may have."""
+    fragment = b"\x16\xfe\xfd" + bytes(7) + b"\x05\0\x0d\x10\0\0\x20\0\x02\0\0\0\0\0\x01\0"
+    elapsed, limits = [0.0], DtlsLimits(handshakes_per_address=8)
+    async with serving(limits=limits, clock=lambda: time.monotonic() + elapsed[0]) as listener:
+        loop, stopped = asyncio.get_running_loop(), [plain_socket(listener.port) for _ in range(8)]
+        for sender in stopped:
+            sender.setblocking(False)
+            hello = Client(psk_client_context()).step()[0]
+            await loop.sock_sendall(sender, hello)
+            again = with_cookie(hello, await loop.sock_recv(sender, 200))
+            await loop.sock_sendall(sender, again)
+            await loop.sock_recv(sender, 2_048)
+            await loop.sock_sendall(sender, fragment)
+        pending = listener._pending
+        await eventually(lambda: [each.place.returned is not None for each in pending.values()] == [True] * 8)
+        assert listener.counters.handshaking == 8
+        elapsed[0] = limits.stalled_after
+        for _ in range(3):
+            async with udp_client(listener.port) as device:
+                await device.handshake(IN_TIME)
+                assert await device.ask(b"in", IN_TIME) == b"in"
+        assert listener.counters.dropped_displaced >= 1
+        assert listener.counters.dropped_address_limit == 0
+        for sender in stopped:
+            sender.close()
+
+
 def with_cookie(hello: bytes, answer: bytes) -> bytes:
     """A ClientHello again with the cookie of its answer: message number 1, record number 1."""
     cookie = answer[28 : 28 + answer[27]]

@@ -1,6 +1,7 @@
 """Who gives way to a newcomer, and in which order: `adapters.dtls.admission.Ledger` by itself.
 
-Nothing here has time or I/O. Each test fills a ledger, asks for one place more, and looks at whose it would be.
+Time is a number here, and there is no I/O. Each test fills a ledger, asks for one place more, and looks at whose it
+would be.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import random
 from adapters.dtls.admission import Drop, DtlsCounters, DtlsLimits, GiveWay, Ledger, Place
 
 
-def taken(ledger: Ledger, address: str) -> Place:
+def taken(ledger: Ledger, address: str, now: float = 0.0) -> Place:
     """A place, where there must be one."""
-    place = ledger.admit(address)
+    place = ledger.admit(address, now)
     assert isinstance(place, Place)
     return place
 
@@ -31,12 +32,12 @@ def test_at_a_full_table_the_oldest_of_nobodys_gives_way_before_any_handshake() 
     verified(ledger, "192.0.2.1", kept=True)
     fresh = taken(ledger, "192.0.2.2")
     older, newer = verified(ledger, "192.0.2.3"), verified(ledger, "192.0.2.4")
-    assert ledger.admit("192.0.2.5") == GiveWay(older)
+    assert ledger.admit("192.0.2.5", 0.0) == GiveWay(older)
     ledger.ended(older)
     taken(ledger, "192.0.2.5")
-    assert ledger.admit("192.0.2.6") == GiveWay(newer)
+    assert ledger.admit("192.0.2.6", 0.0) == GiveWay(newer)
     ledger.kept(newer)
-    assert ledger.admit("192.0.2.6") == GiveWay(fresh), "somebody's stays"
+    assert ledger.admit("192.0.2.6", 0.0) == GiveWay(fresh), "somebody's stays"
 
 
 def test_at_a_full_block_its_own_give_way_and_no_other() -> None:
@@ -44,9 +45,9 @@ def test_at_a_full_block_its_own_give_way_and_no_other() -> None:
     verified(ledger, "192.0.2.1")
     verified(ledger, "192.0.2.2", kept=True)
     mine = verified(ledger, "192.0.2.2")
-    assert ledger.admit("192.0.2.2") == GiveWay(mine)
+    assert ledger.admit("192.0.2.2", 0.0) == GiveWay(mine)
     ledger.kept(mine)
-    assert ledger.admit("192.0.2.2") is Drop.ADDRESS_ASSOCIATIONS
+    assert ledger.admit("192.0.2.2", 0.0) is Drop.ADDRESS_ASSOCIATIONS
 
 
 def test_what_is_counted_is_what_is_there_whatever_comes_and_goes() -> None:
@@ -56,10 +57,11 @@ def test_what_is_counted_is_what_is_there_whatever_comes_and_goes() -> None:
     shaking: list[Place] = []
     nobodies: list[Place] = []
     kept: list[Place] = []
-    for _ in range(5_000):
-        match generator.randrange(5):
+    for step in range(5_000):
+        now = step / 5
+        match generator.randrange(6):
             case 0 | 1:
-                answer = ledger.admit(f"192.0.2.{generator.randrange(5)}")
+                answer = ledger.admit(f"192.0.2.{generator.randrange(5)}", now)
                 if isinstance(answer, Place):
                     shaking.append(answer)
                 elif isinstance(answer, GiveWay):
@@ -73,6 +75,8 @@ def test_what_is_counted_is_what_is_there_whatever_comes_and_goes() -> None:
                 place = nobodies.pop(generator.randrange(len(nobodies)))
                 ledger.kept(place)
                 kept.append(place)
+            case 4 if shaking:
+                ledger.returned(generator.choice(shaking), now)
             case _:
                 some = generator.choice([shaking, nobodies, kept])
                 if some:
@@ -82,3 +86,54 @@ def test_what_is_counted_is_what_is_there_whatever_comes_and_goes() -> None:
     for place in (*shaking, *nobodies, *kept):
         ledger.ended(place)
     assert (counters.handshaking, counters.open) == (0, 0)
+    assert not any((ledger._blocks, ledger._fresh, ledger._crowds, ledger._largest, ledger._nobodies))
+
+
+def test_who_has_come_back_keeps_its_place_while_others_never_do() -> None:
+    """However slow its path: the flood displaces itself."""
+    ledger = Ledger(DtlsLimits(handshakes_per_address=8), DtlsCounters())
+    slow = taken(ledger, "192.0.2.1")
+    ledger.returned(slow, 0.0)
+    for step in range(1_000):
+        now = step / 40
+        answer = ledger.admit("192.0.2.1", now)
+        if isinstance(answer, GiveWay):
+            assert answer.place is not slow
+            ledger.ended(answer.place)
+
+
+def come_back(ledger: Ledger, address: str, count: int, now: float = 0.0) -> list[Place]:
+    """Handshakes that have come back, and may stop there."""
+    places = [taken(ledger, address, now) for _ in range(count)]
+    for place in places:
+        ledger.returned(place, now)
+    return places
+
+
+def test_who_came_back_and_stopped_gives_way_after_a_while_to_its_block() -> None:
+    ledger = Ledger(DtlsLimits(handshakes_per_address=8), DtlsCounters())
+    crowd = come_back(ledger, "192.0.2.1", 8)
+    assert ledger.admit("192.0.2.1", 3.9) is Drop.ADDRESS_LIMIT, "time for two losses"
+    newcomers = []
+    for oldest in crowd[:2]:
+        assert ledger.admit("192.0.2.1", 4.0) == GiveWay(oldest)
+        ledger.ended(oldest)
+        newcomers.append(taken(ledger, "192.0.2.1", 4.0))
+    assert ledger.admit("192.0.2.1", 9.0) == GiveWay(newcomers[0]), "a quarter is enough for newcomers"
+    ledger.verified(newcomers[0])
+    taken(ledger, "192.0.2.1", 9.0)
+    ledger.returned(newcomers[1], 9.0)
+    assert ledger.admit("192.0.2.1", 9.0) == GiveWay(crowd[2])
+
+
+def test_over_all_the_block_that_has_most_of_them_gives_way() -> None:
+    ledger = Ledger(DtlsLimits(handshakes_in_flight=10), DtlsCounters())
+    [slow] = come_back(ledger, "192.0.2.1", 1)
+    first, second = come_back(ledger, "192.0.2.2", 5, 1.0), come_back(ledger, "192.0.2.3", 4, 2.0)
+    assert ledger.admit("192.0.2.4", 4.5) is Drop.HANDSHAKE_LIMIT
+    assert ledger.admit("192.0.2.4", 5.0) == GiveWay(first[0])
+    for place in first[:3]:
+        ledger.ended(place)
+    come_back(ledger, "192.0.2.4", 3, 5.0)
+    assert ledger.admit("192.0.2.5", 6.0) == GiveWay(second[0])
+    assert slow.shaking

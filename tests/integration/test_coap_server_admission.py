@@ -10,6 +10,7 @@ import pytest
 from aiocoap.numbers.codes import Code
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from adapters.coap.admission import Guest
 from adapters.coap.server_limits import ServerLimits
 from registry.errors import Unavailable
 from tests.coap_server import CoapDevice, Gone, Running, key_bytes, serving_coap
@@ -177,3 +178,39 @@ async def test_requests_wait_for_the_verdict_and_a_passing_failure_is_asked_agai
 
 async def _away(*_: Any) -> Any:
     raise Unavailable("the database is away", retry_after=3.0)
+
+
+async def test_nothing_is_served_between_a_revocations_mark_and_the_closing(
+    coap: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many sessions that end at once the last are closed some turns of the loop after all have been marked."""
+    device = await coap.device()
+    sessions, gate, closings = coap.api.registry.sessions, asyncio.Event(), 0
+    close = Guest.close
+
+    async def later(guest: Guest, reason: str) -> None:
+        nonlocal closings
+        closings += 1
+        await gate.wait()
+        await close(guest, reason)
+
+    monkeypatch.setattr(Guest, "close", later)
+    monkeypatch.setattr(sessions, "_polite_seconds", 60.0)
+    async with coap.client(device) as client:
+        assert (await client.post("/telemetry", {"main.t": 1})).code is Code.CHANGED
+        revoking = asyncio.create_task(coap.post(f"/devices/{device.device_id}", {"status": "inactive"}, "PUT"))
+        try:
+            await until(lambda: closings == 1)
+            told = [
+                await client.post("/telemetry", {"main.t": 2}),
+                await client.post("/events", {"main.t": 3}),
+                await client.get("/config"),
+                await client.observe("/config"),
+                await client.get("/time"),
+            ]
+            assert {answer.code for answer in told} == {Code.UNAUTHORIZED}
+        finally:
+            gate.set()
+        await client.closed()
+        await revoking
+    assert [each["payload"] for each in await coap.uplinks(device.device_id)] == [{"main.t": 1}]

@@ -225,7 +225,7 @@ class Limits(Section, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=0.1, le=1_000_000)],
         Meta(
             description="Requests that need no credential, from one address: the API's description, its page, and the "
-            "CA's chain and list. Devices fetch the chain once."
+            "CA's chain and list; over CoAP all that peers who are no device ask. Devices fetch the chain once."
         ),
     ] = 100.0
     open_requests_burst: Annotated[

@@ -139,6 +139,7 @@ def _coap_limits_hit(server: CoapServer) -> dict[Limit, int]:
         Limit.CONNECTIONS: dtls["dropped_association_limit"]
         + dtls["dropped_address_associations"]
         + counters.turned_away,
+        Limit.OPEN_REQUESTS: counters.open_requests,
         Limit.KEY_REQUESTS: counters.key_requests,
         Limit.TENANT_REQUESTS: counters.tenant_requests,
         Limit.PROVISIONING_ATTEMPTS: counters.provisioning_attempts,

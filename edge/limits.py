@@ -149,6 +149,8 @@ def coap_server_limits(config: Config) -> CoapServerLimits:
         provisioning_seconds=coap.provisioning_seconds,
         provisioning_attempts_per_second=limits.provisioning_attempts_per_second,
         provisioning_attempts_burst=limits.provisioning_attempts_burst,
+        open_requests_per_second=limits.open_requests_per_second,
+        open_requests_burst=limits.open_requests_burst,
         key_requests_per_second=limits.key_requests_per_second,
         key_requests_burst=limits.key_requests_burst,
         tenant_requests_per_second=limits.tenant_requests_per_second,

@@ -43,6 +43,7 @@ from adapters.coap.errors import Unserved, error_response, not_found
 from adapters.coap.est import Est, EstServe
 from adapters.coap.ports import Observation, Peer, Promise, Request, Response
 from adapters.provisioning import Provisioning
+from adapters.tls.admission import address_block
 from adapters.uplink_payloads import enveloped, payload_in
 from registry.commands import response_from
 from registry.device_config import report_from
@@ -127,6 +128,7 @@ class Resources:
         self._loop = asyncio.get_running_loop()
         self._keys = RateLimiter(limits.key_requests_per_second, limits.key_requests_burst)
         self._tenants = RateLimiter(limits.tenant_requests_per_second, limits.tenant_requests_burst)
+        self._open = RateLimiter(limits.open_requests_per_second, limits.open_requests_burst)
         est = Est(registry)
         device, everybody = (Device,), (Device, Claimant, Renewer)
         json_cbor = (formats.JSON, formats.CBOR)
@@ -193,7 +195,10 @@ class Resources:
         correlation_id = uuid4().hex
         try:
             role = await guest.admitted()
-            self._spend(role)
+            if isinstance(role, Device):
+                self._spend(role)
+            else:
+                self._spend_open(guest)
             serve = self._found(request)
             return await serve(Asked(request, guest, role, observation, correlation_id))
         except (RegistryError, Unserved) as error:
@@ -213,9 +218,7 @@ class Resources:
             _query(request, None)
         return serve
 
-    def _spend(self, role: Role) -> None:
-        if not isinstance(role, Device):
-            return
+    def _spend(self, role: Device) -> None:
         identity, now = role.session.identity, self._loop.time()
         # As integers: a UUID is hashed in Python, several times for each request.
         wait = self._keys.take(identity.credential_id.int, now)
@@ -226,6 +229,12 @@ class Resources:
         if wait is not None:
             self._counters.tenant_requests += 1
             raise ResourceExhausted("too many requests of one tenant's devices", retry_after=wait)
+
+    def _spend_open(self, guest: Guest) -> None:
+        wait = self._open.take(address_block(guest.association.address), self._loop.time())
+        if wait is not None:
+            self._counters.open_requests += 1
+            raise ResourceExhausted("this address has sent too many requests without a credential", retry_after=wait)
 
     # -- up --------------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ class ServerCounters:
     """Peers without an identity for which there was no room."""
     provisioning_attempts: int = 0
     """Requests to provision beyond a limit."""
+    open_requests: int = 0
     key_requests: int = 0
     tenant_requests: int = 0
     """Requests beyond these limits."""

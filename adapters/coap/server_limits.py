@@ -22,6 +22,8 @@ class ServerLimits:
     provisioning_attempts: int = 20  # requests to provision on one such association
     provisioning_attempts_per_second: float = 100.0  # from one address, as over HTTPS
     provisioning_attempts_burst: int = 1_000
+    open_requests_per_second: float = 100.0  # from one address, of all there that are no device; as over HTTPS
+    open_requests_burst: int = 2_000
     key_requests_per_second: float = 2_000.0  # with one credential, as over HTTPS
     key_requests_burst: int = 10_000
     tenant_requests_per_second: float = 10_000.0  # of one tenant's devices

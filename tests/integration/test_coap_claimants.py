@@ -88,3 +88,34 @@ async def test_a_full_table_has_room_for_a_device_while_anybody_in_it_is_nobody(
             one_too_many.out(one_too_many.client.step())
             await until(lambda: coap.server.dtls_counters.as_dict()["dropped_association_limit"] > 0)
         assert (coap.server.dtls_counters.open, coap.server.coap_counters.peers) == (6, 6)
+
+
+async def test_what_one_address_may_ask_without_a_credential_is_bounded_over_all_its_associations(api: Api) -> None:  # noqa: F811
+    limits = ServerLimits(open_requests_per_second=0.001, open_requests_burst=3)
+    async with serving_coap(api, limits) as coap, AsyncExitStack() as crowd:
+        first, second = [await crowd.enter_async_context(coap.client()) for _ in range(2)]
+        paths = ("/time", "/.well-known/core", "/.well-known/est/crts", "/time")
+        answers = [await client.get(path) for client, path in zip((first, first, second, second), paths, strict=True)]
+        content, full = Code.CONTENT, Code.TOO_MANY_REQUESTS
+        assert [answer.code for answer in answers] == [content, content, content, full]
+        assert (answers[-1].max_age or 0) > 100
+        elsewhere = await crowd.enter_async_context(coap.client(local=("127.0.0.2", 0)))
+        assert (await elsewhere.get("/time")).code is Code.CONTENT
+        device = await crowd.enter_async_context(coap.client(await coap.device()))
+        assert (await device.get("/config")).code is Code.CONTENT, "who has a credential has limits of its own"
+        assert coap.server.counters.open_requests == 1
+
+
+async def test_only_admitted_devices_share_the_devices_memory(api: Api) -> None:  # noqa: F811
+    async with serving_coap(api) as coap, AsyncExitStack() as crowd:
+        _, claim = await coap.template()
+        duplicates = coap.server._endpoint._memory.duplicates
+        for who in (None, claim):
+            client = await crowd.enter_async_context(coap.client(who))
+            assert (await client.get("/time")).code is Code.CONTENT
+        strangers = duplicates.size
+        assert (duplicates._strangers.bytes, duplicates._devices.bytes) == (strangers, 0)
+        device = await crowd.enter_async_context(coap.client(await coap.device()))
+        assert (await device.get("/config")).code is Code.CONTENT
+        assert duplicates._strangers.bytes == strangers
+        assert duplicates._devices.bytes > 0

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
+from adapters.coap import est
 from adapters.coap.server_limits import ServerLimits
+from certs.chains import bundle, pkcs7_der, unbundle
 from certs.request import MAXIMUM_REQUEST_BYTES
 from tests.coap_server import Running, serving_coap
 from tests.dtls_peers import certificate_client_context, make_client_certificate
@@ -70,6 +72,30 @@ async def test_anybody_reads_the_authorities_and_what_is_suggested(coap: Running
         for name in ("sen", "sren"):
             refused = await client.post(f"/.well-known/est/{name}", csr, PKCS10)
             assert refused.code is Code.UNAUTHORIZED
+
+
+async def test_the_authorities_are_written_once_and_again_when_they_change(
+    coap: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[bytes, ...]] = []
+
+    def counted(chain: tuple[bytes, ...]) -> bytes:
+        written.append(chain)
+        return pkcs7_der(chain)
+
+    monkeypatch.setattr(est, "pkcs7_der", counted)
+    certificates = coap.api.registry.certificates
+    chain = unbundle(certificates.chain_pem())
+    async with coap.client() as client:
+        for path in ("/.well-known/est/crts",) * 3:
+            assert (await client.get(path)).payload == pkcs7_der(chain)
+            assert (await client.get(path, accept=SINGLE)).payload == chain[-1]
+        assert written == [chain]
+        other = make_client_certificate("another root").certificate.public_bytes(Encoding.DER)
+        monkeypatch.setattr(type(certificates), "chain_pem", lambda _: bundle([chain[0], other]))
+        assert (await client.get("/.well-known/est/crts", accept=SINGLE)).payload == other
+        assert (await client.get("/.well-known/est/crts")).payload == pkcs7_der([chain[0], other])
+        assert len(written) == 2
 
 
 async def test_a_holder_renews_and_comes_back_with_the_new_one(coap: Running) -> None:

@@ -387,7 +387,7 @@ class Broker:
 
     def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         role = self._served.get(ownership.session_id)
-        if role is None or role.held != ownership:
+        if role is None or role.held != ownership or not role.peer.alive:  # the same word may come twice
             return
         if full:  # its will is the store's
             self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)
@@ -519,8 +519,9 @@ class Broker:
             role.mqtt.unreserve(recipient.reserved.packet_id)
 
     def _end_soon(self, role: DeviceRole, reason: ReasonCode) -> None:
-        """Not at once: the store is in the middle of handing out."""
-        self.server.loop.call_soon(partial(role.peer.end, reason, publish_will=reason is ReasonCode.QUOTA_EXCEEDED))
+        """Not at once: the store is in the middle of handing out. The session may be ours still, where only the outcome
+        of a commit is open, and then the will is as well."""
+        self.server.loop.call_soon(partial(role.peer.end, reason, publish_will=True))
 
     # Grants that change ---------------------------------------------------------------------------------------------
 
@@ -528,9 +529,9 @@ class Broker:
         try:
             await role.judge()
         except SessionLost:
-            role.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
+            role.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
         except RegistryError:  # nobody stays by grants of yesterday; it is judged when it is back
-            role.peer.end(ReasonCode.SERVER_BUSY, publish_will=False)
+            role.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
 
     async def _judge_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         messaging = self.messaging

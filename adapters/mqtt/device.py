@@ -22,6 +22,10 @@ messages of 3.1.1, and of QoS 0, wait here and are tried again, in their order. 
 Client ids are scoped to the device: the table of connections is by (tenant, device, client id), so a second connection
 takes over one of the same device only (5.0 §3.1.4: 0x8E), on this node or another.
 
+Wills. Only the client takes its will back, by DISCONNECT [MQTT-3.1.2-8]; whatever else ends the connection publishes
+it, our own faults too. The exception is a revocation. Where the session is another connection's by now, its will is as
+well: `release` meets SessionLost and touches nothing.
+
 What can race: the store answers after the connection is gone (the session's state moves on, nobody is answered); a
 child is taken from its gateway between the look and the commit (as over HTTPS, it was its own when it was asked).
 """
@@ -636,7 +640,7 @@ class DeviceRole:
                 self.server.counters.full += 1
                 self.peer.run(lambda: self._no_room(receipt, self.server.now()))
             case SessionLost():
-                self.peer.run(partial(self.peer.end, ReasonCode.SESSION_TAKEN_OVER, publish_will=False))
+                self.peer.run(partial(self.peer.end, ReasonCode.SESSION_TAKEN_OVER, publish_will=True))
             case _:
                 self.peer.run(partial(self._refused, receipt, error))
 
@@ -722,7 +726,7 @@ class DeviceRole:
             case InvalidArgument():
                 self._unreadable(receipt, error, now)
             case SessionLost():  # nothing was stored; whoever has the session now hears it again
-                self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
+                self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
             case FailedPrecondition() | NotFound():
                 if self.peer.machine.version is Version.V5 and receipt.qos is not QoS.AT_MOST_ONCE:
                     self.mqtt.failed(receipt, ReasonCode.IMPLEMENTATION_SPECIFIC_ERROR, now, error.message)
@@ -733,7 +737,7 @@ class DeviceRole:
                 if receipt.qos is QoS.AT_MOST_ONCE:
                     self.mqtt.stored(receipt, now)
                 else:
-                    self.peer.end(ReasonCode.SERVER_BUSY, publish_will=False)
+                    self.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
             case _:
                 raise error
 
@@ -833,7 +837,7 @@ class DeviceRole:
                 await self.broker.subscribe(self, granted)
             judged = [await self._still_granted(each, target) for each, target in zip(filters, judged, strict=True)]
         except SessionLost:
-            self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=False)
+            self.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
             return
         except RegistryError:  # what stands is not known; the client asks again
             self.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)

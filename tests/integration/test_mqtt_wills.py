@@ -11,15 +11,19 @@ is in the last test. The watcher has a stored session, so that it misses nothing
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from unittest import mock
 from uuid import uuid4
 
 import pytest
 
+from adapters.mqtt.device import DeviceRole
 from adapters.mqtt.properties import NO_PROPERTIES, Properties
-from adapters.mqtt.wire_packets import QoS, Will
+from adapters.mqtt.wire_packets import Publish, QoS, Will
 from adapters.mqtt.wire_reasons import Version
+from registry.errors import Unavailable
 from registry.messaging_values import Message, Opening, SessionKey, SessionLost, StoredWill
 from registry.model import CredentialId, DeviceId, TenantId
 from registry.storage.database import Database
@@ -27,7 +31,7 @@ from tests.conftest import MakeDevice
 from tests.http_api import Api, api
 from tests.messaging_brokers import Broker, Seconds, Served, broker_on
 from tests.mqtt_devices import GRANTS, KEEP, devices, silent
-from tests.mqtt_server import Client, Device, serving_mqtt
+from tests.mqtt_server import Client, Device, Running, serving_mqtt
 from tests.nodes import until
 from tests.processes import server_process
 from tests.whole_system import new_tenant
@@ -130,6 +134,56 @@ async def test_a_goodbye_leaves_no_will_and_no_session_that_ends_with_it(api: Ap
         await until(lambda: not mqtt.server.devices.by_key and not mqtt.server.devices.leaving)
         assert await rows(api.database, "messaging_will") == 0
         assert await rows(api.database, "messaging_session") == 2
+
+
+# Ends that nobody asked for: the client has not taken its will back.
+
+
+async def an_uplink_whose_outcome_is_open(mqtt: Running, client: Client, role: DeviceRole) -> None:
+    def submit(_: object) -> asyncio.Future[None]:
+        late = asyncio.get_running_loop().create_future()
+        late.set_exception(Unavailable("the database answers late"))
+        return late
+
+    with mock.patch.object(mqtt.api.registry.uplinks, "submit", submit):
+        await client.send(Publish("devices/me/events", b"1", QoS.AT_LEAST_ONCE, packet_id=1))
+        await client.closed()
+
+
+async def grants_that_cannot_be_read(mqtt: Running, client: Client, role: DeviceRole) -> None:
+    async def judge(_: DeviceRole) -> None:
+        raise Unavailable("the database answers late")
+
+    with mock.patch.object(DeviceRole, "judge", judge):
+        await mqtt.server.broker._judge_live(role)
+    await client.closed()
+
+
+async def a_delivery_whose_outcome_is_open(mqtt: Running, client: Client, role: DeviceRole) -> None:
+    assert role.held is not None
+    taken_over = mqtt.server.counters.taken_over
+    mqtt.server.broker.evicted(role.held)  # as the store does then: the session is ours still
+    await client.closed()
+    mqtt.server.broker.evicted(role.held)
+    assert mqtt.server.counters.taken_over == taken_over + 1
+
+
+@pytest.mark.parametrize("name", ["5.0, kept", "3.1.1, clean"])
+@pytest.mark.parametrize(
+    "fault", [an_uplink_whose_outcome_is_open, grants_that_cannot_be_read, a_delivery_whose_outcome_is_open]
+)
+async def test_a_connection_that_the_server_ends_for_its_own_reasons_leaves_its_will(
+    api: Api, fault: Callable[[Running, Client, DeviceRole], Awaitable[None]], name: str
+) -> None:
+    async with serving_mqtt(api) as mqtt:
+        one, other = await devices(mqtt, 2)
+        async with mqtt.client() as witness, mqtt.client(version=KINDS[name][0]) as client:
+            await witness.connect(other)
+            await witness.subscribe("site/will")
+            await promise(client, one, name)
+            (role,) = (role for key, role in mqtt.server.devices.by_key.items() if key[2] == name)
+            await fault(mqtt, client, role)
+            assert (await witness.message()).payload.decode() == name
 
 
 # A killed node.

@@ -10,10 +10,11 @@ Refusing newcomers at a full house would let whoever fills it keep everybody out
 So a newcomer takes the place of the oldest handshake that has not come back since its first flight, of the same block
 when that one is full: somebody who answers in one round trip gets in during any flood that is slower than that.
 A handshake that has come back is on its way, however slow its path. But to come back takes a datagram only, and whoever
-sends one and then nothing must not keep the places either. So a quarter of them is for those that have not come back
-yet: once they have less, the oldest of the others gives way first, if it has had `stalled_after`, and over all blocks
-one of the block that has most such. A flood of handshakes that never come back thus leaves alone whoever has, and a
-flood of those that come back and stop has to begin all of them anew every few seconds to fill three quarters.
+sends one and then nothing must not keep the places either. So when less than a quarter of them have not come back yet,
+the oldest of the others gives way first: in its own block once it has had `stalled_after`; over all blocks one of the
+block that has most such, at once to a block that then holds no more, else likewise. A flood of handshakes that never
+come back thus leaves alone whoever has, and a flood of those that come back and stop keeps out its own addresses only,
+and those only if it begins all of its handshakes anew every few seconds.
 
 Whoever can do a handshake without a credential could fill the table of associations instead. So an association is
 nobody's until the application says that it is kept; at a full table, or a full block, the oldest of nobody's gives way
@@ -196,9 +197,9 @@ class Ledger:
         if held is not None and held.shaking >= limits.handshakes_per_address:
             return self._handshake_of(held, now) or Drop.ADDRESS_LIMIT
         if counters.handshaking >= limits.handshakes_in_flight:
-            return self._handshake(now) or Drop.HANDSHAKE_LIMIT
+            return self._handshake(held, now) or Drop.HANDSHAKE_LIMIT
         if counters.open + counters.handshaking >= limits.associations:
-            return _oldest(self._nobodies) or self._handshake(now) or Drop.ASSOCIATION_LIMIT
+            return _oldest(self._nobodies) or self._handshake(held, now) or Drop.ASSOCIATION_LIMIT
         if held is not None and held.open + held.shaking >= limits.associations_per_address:
             return _oldest(held.nobodies) or self._handshake_of(held, now) or Drop.ADDRESS_ASSOCIATIONS
         if held is None:
@@ -270,22 +271,29 @@ class Ledger:
         if count > self._largest or self._largest not in crowds:
             self._largest = count
 
-    def _handshake(self, now: float) -> GiveWay | None:
-        """The handshake that makes room where no place is left at all."""
+    def _handshake(self, held: _Block | None, now: float) -> GiveWay | None:
+        """The handshake that makes room where no place is left at all, to a newcomer of this block."""
         crowd = next(iter(self._crowds[self._largest])).returned if self._largest else {}
-        return self._gives_way(self._fresh, crowd, self._counters.handshaking, now)
+        fair = (0 if held is None else held.shaking) + 1 < self._largest
+        return self._gives_way(self._fresh, crowd, self._counters.handshaking, now, 0.0 if fair else None)
 
     def _handshake_of(self, held: _Block, now: float) -> GiveWay | None:
         """The handshake that makes room where none is left for its block."""
         return self._gives_way(held.fresh, held.returned, held.shaking, now)
 
     def _gives_way(
-        self, fresh: dict[Place, None], returned: dict[Place, None], most: int, now: float
+        self,
+        fresh: dict[Place, None],
+        returned: dict[Place, None],
+        most: int,
+        now: float,
+        patience: float | None = None,
     ) -> GiveWay | None:
+        patience = self._limits.stalled_after if patience is None else patience
         oldest = next(iter(returned), None)
         if oldest is None or oldest.returned is None or len(fresh) >= most / _FRESH_SHARE:
             return _oldest(fresh)
-        stalled = now - oldest.returned >= self._limits.stalled_after
+        stalled = now - oldest.returned >= patience
         return GiveWay(oldest) if stalled else _oldest(fresh)
 
 

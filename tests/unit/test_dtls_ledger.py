@@ -130,10 +130,13 @@ def test_over_all_the_block_that_has_most_of_them_gives_way() -> None:
     ledger = Ledger(DtlsLimits(handshakes_in_flight=10), DtlsCounters())
     [slow] = come_back(ledger, "192.0.2.1", 1)
     first, second = come_back(ledger, "192.0.2.2", 5, 1.0), come_back(ledger, "192.0.2.3", 4, 2.0)
-    assert ledger.admit("192.0.2.4", 4.5) is Drop.HANDSHAKE_LIMIT
-    assert ledger.admit("192.0.2.4", 5.0) == GiveWay(first[0])
+    assert ledger.admit("192.0.2.2", 4.5) is Drop.HANDSHAKE_LIMIT, "not at once to one of the same crowd"
+    assert ledger.admit("192.0.2.2", 5.0) == GiveWay(first[0])
+    assert ledger.admit("192.0.2.4", 2.0) == GiveWay(first[0]), "at once to an address that has less"
     for place in first[:3]:
         ledger.ended(place)
     come_back(ledger, "192.0.2.4", 3, 5.0)
-    assert ledger.admit("192.0.2.5", 6.0) == GiveWay(second[0])
+    assert ledger.admit("192.0.2.4", 5.9) is Drop.HANDSHAKE_LIMIT, "shares come out even"
+    assert ledger.admit("192.0.2.4", 6.0) == GiveWay(second[0])
+    assert ledger.admit("192.0.2.5", 5.0) == GiveWay(second[0])
     assert slow.shaking

@@ -11,7 +11,8 @@ Nothing is followed by a cursor here: a row waits until it is taken, so none can
 
 A relay row is handed over before it is deleted; if the deletion fails its number is remembered and it is not handed
 over twice. Its receivers live in this process and die with it. A queue row gets the packet id that the owner reserved
-in a transaction, and is sent only after that is committed: a restart repeats the same id.
+in a transaction, and is sent only after that is committed: a restart repeats the same id. Word is told before it is
+deleted; telling it twice does nothing.
 
 A session that has no room (or has just been taken and is not known to the router yet) holds its messages back: its
 rows are passed over until its queue gets shorter or the next second comes, and later messages queue behind them.
@@ -30,7 +31,7 @@ from registry.model import NodeId
 from registry.storage import messaging as storage
 from registry.storage import messaging_sessions as sessions
 from registry.storage.commits import certain_transaction
-from registry.storage.database import Database
+from registry.storage.database import Connection, Database
 from registry.storage.messaging_sessions import message_of, queued_of
 
 POLL_SECONDS = 1.0
@@ -76,19 +77,24 @@ class MessageInbox:
         """Take everything that there is now. Raises Unavailable."""
         while True:
             async with self._database.connection() as connection:
-                word = await sessions.take_word(connection, self._node_id)
+                await self._hear(connection)
                 relayed = await storage.relays(connection, self._node_id, self._undeleted, _SLICE)
                 rows = await storage.waiting(connection, self._node_id, self._held_back, _SLICE)
-            for ownership, full in word.evicted:
-                self._router.evicted(ownership, full=full)
-            for key, number in word.taken:
-                self._router.taken(key, number)
             if relayed or self._undeleted:
                 await self._hand_over(relayed)
             if rows:
                 await self._take_charge(rows)
             if len(relayed) < _SLICE and len(rows) < _SLICE:
                 return
+
+    async def _hear(self, connection: Connection) -> None:
+        word = await sessions.word_for(connection, self._node_id)
+        for ownership, full in word.evicted:
+            self._router.evicted(ownership, full=full)
+        for key, number in word.taken:
+            self._router.taken(key, number)
+        if word.evicted or word.taken:
+            await sessions.remove_word(connection, self._node_id, word)
 
     async def _hand_over(self, rows: Sequence[Record]) -> None:
         for row in rows:

@@ -156,7 +156,8 @@ class Messaging:
         hints.everybody()  # who was alone is not any more
         async with self._database.connection() as connection:
             self._alone = not await storage.has_others(connection, self.node_id)
-            await messaging_sessions.take_word(connection, self.node_id)  # it was for the earlier process
+            word = await messaging_sessions.word_for(connection, self.node_id)
+            await messaging_sessions.remove_word(connection, self.node_id, word)  # it was for the earlier process
 
     async def run(self) -> None:
         """Take what other nodes bring, and do what the clock asks for; survives the loss of the database. Cancel it

@@ -216,20 +216,15 @@ class Word:
     """Connections that came elsewhere, each with the number of its taking."""
 
 
-async def take_word(connection: Connection, node_id: NodeId) -> Word:
-    """What word there is for a node; it goes with the reading."""
+async def word_for(connection: Connection, node_id: NodeId) -> Word:
+    """What word there is for a node, until `remove_word`: a reader that dies on the way reads it again."""
     rows = await connection.fetch(
         """
-        WITH evicted AS (
-            DELETE FROM messaging_eviction WHERE node_id = $1 RETURNING session_id, epoch, full_queue
-        ), taken AS (
-            DELETE FROM messaging_takeover WHERE node_id = $1 RETURNING number, tenant_id, device_id, client_id
-        )
         SELECT session_id, epoch, full_queue,
                NULL::bigint AS number, NULL::uuid AS tenant_id, NULL::uuid AS device_id, NULL::text AS client_id
-        FROM evicted
+        FROM messaging_eviction WHERE node_id = $1
         UNION ALL
-        SELECT NULL, NULL, NULL, number, tenant_id, device_id, client_id FROM taken
+        SELECT NULL, NULL, NULL, number, tenant_id, device_id, client_id FROM messaging_takeover WHERE node_id = $1
         """,
         node_id,
     )
@@ -240,6 +235,23 @@ async def take_word(connection: Connection, node_id: NodeId) -> Word:
             for r in rows
             if r["number"] is not None
         ),
+    )
+
+
+async def remove_word(connection: Connection, node_id: NodeId, word: Word) -> None:
+    """These were told."""
+    await connection.execute(
+        """
+        WITH evicted AS (
+            DELETE FROM messaging_eviction
+            WHERE node_id = $1 AND (session_id, epoch) IN (SELECT * FROM unnest($2::bigint[], $3::bigint[]))
+        )
+        DELETE FROM messaging_takeover WHERE node_id = $1 AND number = ANY ($4::bigint[])
+        """,
+        node_id,
+        [ownership.session_id for ownership, _ in word.evicted],
+        [ownership.epoch for ownership, _ in word.evicted],
+        [number for _, number in word.taken],
     )
 
 

@@ -22,6 +22,7 @@ from registry.errors import Unavailable
 from registry.message_routes import RETRY_PAUSES
 from registry.messaging_values import OutcomeOpen, Ownership, SessionLost, StoredSessionId
 from registry.model import NodeId
+from registry.queue_fronts import QueueFronts
 from registry.storage import messaging as storage
 from registry.storage import messaging_sessions as sessions
 from registry.storage.commits import certain_transaction
@@ -52,11 +53,19 @@ class Step:
 class DeliveryProgress:
     """Writes the steps of this node's sessions."""
 
-    def __init__(self, database: Database, node_id: NodeId, *, freed: Callable[[set[StoredSessionId]], None]) -> None:
-        """`freed` is told of sessions whose queues have become shorter."""
+    def __init__(
+        self,
+        database: Database,
+        node_id: NodeId,
+        *,
+        freed: Callable[[set[StoredSessionId]], None],
+        fronts: QueueFronts,
+    ) -> None:
+        """`freed` is told of sessions whose queues have become shorter; places move the `fronts` that are known."""
         self._database = database
         self._node_id = node_id
         self._freed = freed
+        self._fronts = fronts
         self._batcher: Batcher[Step, None] = Batcher(
             "delivery progress", self._process, max_items=_BATCH, max_queued=_QUEUE
         )
@@ -92,6 +101,7 @@ class DeliveryProgress:
             received = [s for s in owned if s.kind is Kind.RECEIVED]
             released = [(s.ownership.session_id, s.number) for s in owned if s.kind is Kind.RELEASED]
             delivered = [(s.ownership.session_id, s.number) for s in owned if s.kind is Kind.DELIVERED]
+            current = [held[i] for i in {s.ownership.session_id for s in received} if self._fronts.current(held[i])]
             if received:
                 places = []
                 for step in received:
@@ -104,6 +114,8 @@ class DeliveryProgress:
                 await storage.forget_incoming(connection, released)
             if delivered:
                 await sessions.remove_rows(connection, delivered)
+        for session in current:  # a place is an ordinal without a row
+            self._fronts.reached(session)
         if delivered:
             self._freed({session_id for session_id, _ in delivered})
         return outcomes

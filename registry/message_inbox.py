@@ -15,13 +15,17 @@ in a transaction, and is sent only after that is committed: a restart repeats th
 deleted; telling it twice does nothing.
 
 A session that has no room (or has just been taken and is not known to the router yet) holds its messages back: its
-rows are passed over until its queue gets shorter or the next second comes, and later messages queue behind them.
+rows are passed over until its queue gets shorter or the next second comes. Later messages queue behind rows that wait,
+for whatever reason (publishing.py).
+
+Rows are taken charge of by one task at a time, the loop or a batch of publications that found itself behind them. What
+can race: a batch that is committed after the packet ids and before the hand-over; it waits for that (`handed_over`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 from asyncpg import Record
@@ -49,17 +53,35 @@ class MessageInbox:
         self._wake = asyncio.Event()
         self._held_back: set[StoredSessionId] = set()
         self._undeleted: set[int] = set()
+        self._taking = asyncio.Lock()
+        self._taken: set[StoredSessionId] = set()
+        """Sessions whose rows get their packet ids now, or have them and are not handed over yet."""
 
     def wake(self) -> None:
         """Look soon."""
         self._wake.set()
 
-    def held_back(self, session_id: StoredSessionId) -> bool:
-        """Whether rows of this session wait for room, so that nothing may overtake them."""
-        return session_id in self._held_back
+    async def catch_up(self, session_ids: Collection[StoredSessionId]) -> None:
+        """Take what waits for these sessions now, as far as they have room. Raises Unavailable, OutcomeOpen."""
+        wanted = set(session_ids)
+        async with self._taking:
+            self._held_back -= wanted
+            while wanted:
+                async with self._database.connection() as connection:
+                    rows = await storage.waiting_of(connection, self._node_id, wanted, _SLICE)
+                await self._take_these(rows)
+                if len(rows) < _SLICE:
+                    return
+                wanted -= self._held_back
+
+    async def handed_over(self, session_ids: set[StoredSessionId]) -> None:
+        """Return when the router has every row of these sessions that has its packet id from here by now."""
+        if not self._taken.isdisjoint(session_ids):
+            async with self._taking:
+                pass
 
     def freed(self, session_ids: set[StoredSessionId]) -> None:
-        """The queues of these sessions have become shorter."""
+        """There may be room now in these sessions: those that hold messages back are tried again."""
         if not self._held_back.isdisjoint(session_ids):
             self._held_back -= session_ids
             self._wake.set()
@@ -114,6 +136,10 @@ class MessageInbox:
         self._undeleted -= done
 
     async def _take_charge(self, rows: Sequence[Record]) -> None:
+        async with self._taking:
+            await self._take_these(rows)
+
+    async def _take_these(self, rows: Sequence[Record]) -> None:
         reserved: list[tuple[Record, Ownership, int]] = []
         for row in rows:
             if row["session_id"] in self._held_back:
@@ -126,6 +152,13 @@ class MessageInbox:
             reserved.append((row, ownership, packet_id))
         if not reserved:
             return
+        self._taken = {ownership.session_id for _, ownership, _ in reserved}
+        try:
+            await self._hand_out(reserved)
+        finally:
+            self._taken = set()
+
+    async def _hand_out(self, reserved: Sequence[tuple[Record, Ownership, int]]) -> None:
         try:
             taken = await self._record(reserved)
         except OutcomeOpen:

@@ -68,6 +68,7 @@ from registry.messaging_values import (
 )
 from registry.model import DeviceId, NodeId, ProfileId, TenantId
 from registry.publishing import Publishing
+from registry.queue_fronts import QueueFronts
 from registry.storage import messaging as storage
 from registry.storage import messaging_routes, messaging_sessions
 from registry.storage.database import Database
@@ -134,7 +135,8 @@ class Messaging:
             hint=hints.these,
             hint_all=hints.everybody,
         )
-        self._progress = DeliveryProgress(self._database, self.node_id, freed=self._inbox.freed)
+        fronts = QueueFronts()
+        self._progress = DeliveryProgress(self._database, self.node_id, freed=self._inbox.freed, fronts=fronts)
         self._publishing = Publishing(
             self._database,
             self.node_id,
@@ -144,7 +146,8 @@ class Messaging:
             random=self._random,
             limits=self._limits,
             hint=hints.these,
-            held_back=self._inbox.held_back,
+            inbox=self._inbox,
+            fronts=fronts,
             overdue=self._overdue,
             observe=self._observe,
         )

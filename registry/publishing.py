@@ -21,7 +21,12 @@ answer to a commit; PostgreSQL is asked for its fate (storage/commits.py), and i
 is open, and said to be (`OutcomeOpen`).
 
 A message that has a packet id here is delivered by `committed`; one without is fetched by its owner (message_inbox.py).
-While a session holds messages back, later ones do not overtake them: they queue behind.
+No message overtakes an older one of its session (MQTT 5.0 §4.6), whatever way either goes. While the row is held:
+
+    a row waits for its packet id ──► the new one waits behind it, and the inbox is asked to catch up before the next
+                                      batch, so that a session gets out of this under load as well
+    the inbox hands older ones over ► the new one has its packet id, and is delivered when that is done
+    neither ────────────────────────► the new one has its packet id, and is delivered after the commit
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ from uuid import UUID
 from registry.batching import Batcher
 from registry.errors import InvalidArgument, ResourceExhausted, Unavailable
 from registry.full_queues import FullQueues, Standstill
+from registry.message_inbox import MessageInbox
 from registry.message_routes import RETRY_PAUSES, MessageRoutes
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import (
@@ -54,6 +60,7 @@ from registry.messaging_values import (
     StoredSessionId,
 )
 from registry.model import NodeId, TenantId
+from registry.queue_fronts import QueueFronts
 from registry.storage import messaging as storage
 from registry.storage import messaging_sessions as sessions
 from registry.storage.commits import certain_transaction
@@ -82,6 +89,8 @@ class _Held:
     incoming: set[tuple[StoredSessionId, int]]
     wills: set[int]
     retention: dict[TenantId, Retention]
+    behind: set[StoredSessionId]
+    """Sessions with rows that wait for a packet id: what comes now waits behind them."""
 
 
 @dataclass(slots=True)
@@ -94,6 +103,10 @@ class _Batch:
     touched: set[StoredSessionId] = field(default_factory=set)
     queued: list[tuple[TenantId, int, int]] = field(default_factory=list)
     overdue: set[Standstill] = field(default_factory=set)
+    in_hand: list[Locked] = field(default_factory=list)
+    """Sessions in whose queues no row waits, at the end of the batch."""
+    behind: set[StoredSessionId] = field(default_factory=set)
+    """Sessions that would have had room, but for rows that wait."""
 
 
 class Publishing:
@@ -110,7 +123,8 @@ class Publishing:
         random: Callable[[int], bytes],
         limits: MessagingLimits,
         hint: Callable[[set[NodeId]], None],
-        held_back: Callable[[StoredSessionId], bool],
+        inbox: MessageInbox,
+        fronts: QueueFronts,
         overdue: Callable[[Standstill], None],
         observe: Callable[[int, float], None] | None = None,
     ) -> None:
@@ -122,7 +136,9 @@ class Publishing:
         self._random = random
         self._limits = limits
         self._hint = hint
-        self._held_back = held_back
+        self._inbox = inbox
+        self._fronts = fronts
+        self._behind: set[StoredSessionId] = set()
         self._overdue = overdue
         self._full = FullQueues(limits.full_queue_seconds)
         self.tenant_queues: dict[TenantId, tuple[int, int]] = {}
@@ -189,6 +205,7 @@ class Publishing:
                 self._router.abandoned(item.publication, item.routing)
 
     async def _store(self, items: Sequence[_Item]) -> list[Outcome]:
+        await self._catch_up()
         batch = _Batch()
         try:
             async with certain_transaction(self._database) as connection:
@@ -203,6 +220,7 @@ class Publishing:
                 if batch.writes.anything:
                     touched = [held.sessions[session_id] for session_id in sorted(batch.touched)]
                     await storage.write(connection, batch.writes, touched, held.retention)
+                    batch.in_hand = [session for session in touched if session.session_id not in held.behind]
         except OutcomeOpen:
             self._doubt(batch)
             raise
@@ -211,8 +229,18 @@ class Publishing:
                 if routing is not None and item.routing is None:
                     self._router.abandoned(item.publication, routing)
             raise
+        await self._inbox.handed_over({session.session_id for session in batch.in_hand})
         self._finish(items, batch)
         return batch.outcomes
+
+    async def _catch_up(self) -> None:
+        behind, self._behind = self._behind, set()
+        if not behind:
+            return
+        try:
+            await self._inbox.catch_up(behind)
+        except (OutcomeOpen, Unavailable):
+            pass  # the inbox comes back to them by itself
 
     def _doubt(self, batch: _Batch) -> None:
         """Rows may stand with packet ids that were reserved here, so those must not be used for anything else: their
@@ -237,6 +265,10 @@ class Publishing:
                 self.retained_full += 1
             elif isinstance(outcome, QueueFull):
                 self.overflowed += 1
+        for session in batch.in_hand:
+            self._fronts.reached(session)
+        self._behind |= batch.behind
+        self._inbox.freed(batch.behind)
         for still in batch.overdue:
             self._full.forget(still.session_id)
             self._overdue(still)
@@ -259,8 +291,19 @@ class Publishing:
             for item, routing in zip(items, routings, strict=True)
             if item.routing is None and item.publication.message.retain and routing is not None
         }
+        held = await sessions.lock(connection, wanted) if wanted else {}
+        unsure = {
+            session.session_id
+            for routing in routings
+            if routing is not None
+            for r in routing.recipients
+            if (session := held.get(r.session_id)) is not None
+            and self._serves(session, r)
+            and not self._fronts.current(session)
+        }
         return _Held(
-            sessions=await sessions.lock(connection, wanted) if wanted else {},
+            sessions=held,
+            behind=await storage.which_wait(connection, self._node_id, unsure) if unsure else set(),
             incoming=await storage.known_incoming(connection, incoming) if incoming else set(),
             wills=await storage.pending_wills(connection, wills) if wills else set(),
             retention=await storage.lock_retention(connection, topics) if topics else {},
@@ -301,7 +344,7 @@ class Publishing:
                 batch.writes.wills.append(will_id)
             case None:
                 pass
-        placements = tuple(self._place(r, s, message_id, message, batch) for r, s in living)
+        placements = tuple(self._place(r, s, message_id, message, held, batch) for r, s in living)
         relays = [relay for relay in routing.relays if relay.node_id != self._node_id]
         if living or relays:
             batch.writes.bodies.append((message_id, publication.tenant_id, publication.device_id, message))
@@ -311,21 +354,25 @@ class Publishing:
         gone = tuple(r.session_id for r, _ in found if r.session_id not in living_ids)
         return Published(routing, placements, gone)
 
+    def _serves(self, session: Locked, recipient: Recipient) -> bool:
+        """Whether the recipient's packet id was reserved by the session's present owner."""
+        reserved = recipient.reserved
+        return reserved is not None and session.node_id == self._node_id and session.epoch == reserved.epoch
+
     def _place(
-        self, recipient: Recipient, session: Locked, message_id: UUID, message: Message, batch: _Batch
+        self, recipient: Recipient, session: Locked, message_id: UUID, message: Message, held: _Held, batch: _Batch
     ) -> Placement:
         session.last_ordinal += 1
         session.queued_messages += 1
         session.queued_bytes += message.size
         batch.touched.add(session.session_id)
-        reserved = recipient.reserved
-        usable = (
-            reserved is not None
-            and session.node_id == self._node_id
-            and session.epoch == reserved.epoch
-            and not self._held_back(session.session_id)
-        )
-        packet_id = reserved.packet_id if reserved is not None and usable else None
+        packet_id = None
+        if recipient.reserved is None or not self._serves(session, recipient):
+            held.behind.add(session.session_id)  # so that the next one of this batch does not overtake it
+        elif session.session_id in held.behind:
+            batch.behind.add(session.session_id)
+        else:
+            packet_id = recipient.reserved.packet_id
         batch.writes.rows.append(
             QueueRow(
                 session_id=session.session_id,

@@ -312,26 +312,50 @@ async def write_last_ordinals(connection: Connection, sessions: Sequence[Locked]
     )
 
 
+_WAITING = """
+    SELECT q.session_id, s.epoch, q.ordinal, q.qos AS granted, q.retain AS retained, q.identifiers, q.size,
+           q.packet_id, q.released, m.topic, m.payload, m.qos, m.retain, m.properties, m.expires_at
+    FROM messaging_queue q
+    JOIN messaging_session s ON s.session_id = q.session_id AND s.node_id = $1
+    JOIN messaging_message m ON m.message_id = q.message_id
+    WHERE q.waiting_for = $1 AND q.session_id {which} ($2::bigint[])
+    ORDER BY q.session_id, q.ordinal
+    LIMIT $3
+"""
+
+
 async def waiting(
     connection: Connection, node_id: NodeId, except_sessions: Collection[StoredSessionId], limit: int
 ) -> list[Record]:
     """Queue rows that wait for an owner on a node to take charge, with the owner's epoch and the message, in order."""
-    rows: list[Record] = await connection.fetch(
+    rows: list[Record] = await connection.fetch(_WAITING.format(which="<> ALL"), node_id, list(except_sessions), limit)
+    return rows
+
+
+async def waiting_of(
+    connection: Connection, node_id: NodeId, sessions: Collection[StoredSessionId], limit: int
+) -> list[Record]:
+    """The same, but of these sessions only."""
+    rows: list[Record] = await connection.fetch(_WAITING.format(which="= ANY"), node_id, list(sessions), limit)
+    return rows
+
+
+async def which_wait(
+    connection: Connection, node_id: NodeId, sessions: Collection[StoredSessionId]
+) -> set[StoredSessionId]:
+    """Which of these sessions, held by the caller and served by this node, have rows that wait for a packet id.
+
+    A statement of its own: the one that waits for the sessions' rows sees the queues as they were before.
+    """
+    rows = await connection.fetch(
         """
-        SELECT q.session_id, s.epoch, q.ordinal, q.qos AS granted, q.retain AS retained, q.identifiers, q.size,
-               q.packet_id, q.released, m.topic, m.payload, m.qos, m.retain, m.properties, m.expires_at
-        FROM messaging_queue q
-        JOIN messaging_session s ON s.session_id = q.session_id AND s.node_id = $1
-        JOIN messaging_message m ON m.message_id = q.message_id
-        WHERE q.waiting_for = $1 AND q.session_id <> ALL ($2::bigint[])
-        ORDER BY q.session_id, q.ordinal
-        LIMIT $3
+        SELECT u.session_id FROM unnest($2::bigint[]) AS u (session_id)
+        WHERE EXISTS (SELECT FROM messaging_queue q WHERE q.waiting_for = $1 AND q.session_id = u.session_id)
         """,
         node_id,
-        list(except_sessions),
-        limit,
+        list(sessions),
     )
-    return rows
+    return {row["session_id"] for row in rows}
 
 
 async def take_charge(

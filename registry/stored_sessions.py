@@ -23,6 +23,8 @@ Invariants
 - Whether a revocation concerns a session is asked of the credential that opened it, when the revocation is followed,
   when the session is taken, and by a sweep: a lost event may delay the dropping, never cancel it. The end of a
   credential by rotation drops nothing.
+- Of a will that is asked again when it is due, and once more in the transaction that publishes it. So its connection
+  may end in any way, before the revocation is followed or after: what was revoked says nothing more.
 
 What can race: two takers (the row decides, the later one wins), a taking with a publication (either the row is loaded,
 or it finds the new owner), a revocation with a taking with a fresh credential (the session then has that one), a
@@ -137,7 +139,7 @@ class StoredSessions:
         if session_id is None:
             return None, routed
         if opening.will is not None:
-            await storage.arm_will(connection, session_id, opening.key, opening.will)
+            await storage.arm_will(connection, session_id, opening, opening.will)
         taken = Ownership(session_id, 1)
         if opening.expiry <= 0:
             return Taken(None, None, number, will=taken), routed
@@ -154,7 +156,7 @@ class StoredSessions:
         await storage.resume_without_will(connection, session_id, now)
         epoch, number = await storage.seize(connection, session_id, opening, self._node_id)
         if opening.will is not None:
-            await storage.arm_will(connection, session_id, opening.key, opening.will)
+            await storage.arm_will(connection, session_id, opening, opening.will)
         resumed = await storage.load(connection, session_id, opening.expiry, now)
         return Taken(Ownership(session_id, epoch), resumed, number)
 

@@ -17,7 +17,7 @@ from asyncpg import Record
 from registry.messaging_values import Message, Relay, Retained, StoredSessionId
 from registry.model import DeviceId, NodeId, TenantId
 from registry.storage.database import Connection
-from registry.storage.messaging_sessions import Locked, message_of, remove_bodies
+from registry.storage.messaging_sessions import FORFEITED, ROTATED, Locked, message_of, remove_bodies
 
 _DATA_CLASSES = frozenset({"22", "23", "54"})
 """SQLSTATE classes that blame a row: data exception, integrity constraint, program limit."""
@@ -97,9 +97,15 @@ async def remember_incoming(connection: Connection, ids: Sequence[tuple[StoredSe
 
 
 async def pending_wills(connection: Connection, will_ids: Sequence[int]) -> set[int]:
-    """Which of these wills still wait to be published; held."""
+    """Which of these wills still wait to be published, and were not forfeited meanwhile; held."""
     rows = await connection.fetch(
-        "SELECT will_id FROM messaging_will WHERE will_id = ANY ($1::bigint[]) ORDER BY will_id FOR UPDATE", will_ids
+        f"""
+        SELECT s.will_id FROM messaging_will s
+        WHERE s.will_id = ANY ($2::bigint[]) AND NOT ({FORFEITED})
+        ORDER BY s.will_id FOR UPDATE OF s
+        """,  # noqa: S608  # the condition is a constant
+        ROTATED,
+        will_ids,
     )
     return {row["will_id"] for row in rows}
 

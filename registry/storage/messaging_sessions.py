@@ -28,13 +28,14 @@ from registry.storage.database import Connection
 ROTATED = ["rotated", "superseded", "retired: its successor was used"]
 """Ends of a credential that are no revocation of its device's rights: what the device was owed stays."""
 
-_FORFEITED = """
+FORFEITED = """
     EXISTS (SELECT FROM credential c
             WHERE c.tenant_id = s.tenant_id AND c.credential_id = s.credential_id
               AND c.revoked_at IS NOT NULL AND c.revoked_reason <> ALL ($1::text[]))
     OR EXISTS (SELECT FROM device d
                WHERE d.tenant_id = s.tenant_id AND d.device_id = s.device_id AND d.status = 'inactive')
 """
+"""Of a session or a will `s`, with ROTATED as the first argument: what it stands for is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ async def find(connection: Connection, key: SessionKey) -> Place | None:
     """The session of a key, its row held."""
     row = await connection.fetchrow(
         f"""
-        SELECT s.session_id, s.epoch, s.node_id, s.expiry, s.expires_at, ({_FORFEITED}) AS forfeited
+        SELECT s.session_id, s.epoch, s.node_id, s.expiry, s.expires_at, ({FORFEITED}) AS forfeited
         FROM messaging_session s
         WHERE s.tenant_id = $2 AND s.device_id = $3 AND s.client_id = $4
         FOR NO KEY UPDATE OF s
@@ -399,7 +400,7 @@ async def forfeited(
         f"""
         SELECT s.session_id, s.tenant_id, s.node_id, s.epoch
         FROM messaging_session s
-        WHERE ($2::uuid[] IS NULL OR s.device_id = ANY ($2)) AND ({_FORFEITED})
+        WHERE ($2::uuid[] IS NULL OR s.device_id = ANY ($2)) AND ({FORFEITED})
         ORDER BY s.session_id
         LIMIT $3
         FOR UPDATE OF s
@@ -481,17 +482,18 @@ async def orphan(connection: Connection, node_id: NodeId, now: float, limit: int
 # Wills.
 
 
-async def arm_will(connection: Connection, session_id: StoredSessionId, key: SessionKey, will: StoredWill) -> None:
+async def arm_will(connection: Connection, session_id: StoredSessionId, opening: Opening, will: StoredWill) -> None:
     """Keep a will while its connection lives. There is none for this session."""
     await connection.execute(
         """
-        INSERT INTO messaging_will (session_id, tenant_id, device_id, delay, expires_after, topic, payload, qos, retain,
-                                    properties)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+        INSERT INTO messaging_will (session_id, tenant_id, device_id, credential_id, delay, expires_after, topic,
+                                    payload, qos, retain, properties)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
         """,
         session_id,
-        key.tenant_id,
-        key.device_id,
+        opening.key.tenant_id,
+        opening.key.device_id,
+        opening.credential_id,
         will.delay,
         will.expires_after,
         will.message.topic,
@@ -544,7 +546,25 @@ async def drop_wills(connection: Connection, sessions: Collection[StoredSessionI
 
 
 async def due_wills(connection: Connection, now: float, limit: int) -> list[Record]:
-    """Wills whose time has come, the oldest first."""
+    """Wills whose time has come, the oldest first; those that were forfeited meanwhile are dropped, however their
+    sessions ended. Fewer than `limit` are all there are."""
+    while await connection.fetch(
+        f"""
+        DELETE FROM messaging_will WHERE will_id IN (
+            SELECT s.will_id FROM messaging_will s
+            JOIN (SELECT will_id FROM messaging_will WHERE due_at <= $2 ORDER BY due_at, will_id LIMIT $3) AS page
+                USING (will_id)
+            WHERE {FORFEITED}
+            ORDER BY s.will_id
+            FOR UPDATE OF s SKIP LOCKED
+        )
+        RETURNING will_id
+        """,  # noqa: S608  # the condition is a constant of this file
+        ROTATED,
+        now,
+        limit,
+    ):
+        pass
     rows: list[Record] = await connection.fetch(
         """
         SELECT will_id, tenant_id, device_id, expires_after, topic, payload, qos, retain, properties

@@ -142,6 +142,8 @@ class Admission:
             return False
         counters.held += 1
         counters.tamed += 1
+        peer.tamed = True
+        peer.pump()  # it may have ended its sending before
         try:
             async with asyncio.timeout(seconds):
                 await peer.gone()
@@ -149,6 +151,7 @@ class Admission:
             pass
         finally:
             counters.held -= 1
+            peer.tamed = False
         return peer.alive
 
 

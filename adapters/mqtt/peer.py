@@ -12,7 +12,8 @@ Answers of the store call `poke`, which pumps once for everything that became re
 
 What can race: the peer may vanish, or the registry may close the session, while admission waits. `alive` is looked at
 after each wait. What is received after the registry has closed the session is not looked at: nothing of a revoked
-device is stored. What can be lost: on `abort`, what was written and not sent.
+device is stored. What can be lost: on `abort`, what was written and not sent. A peer that is gone is heard to the end
+of what it sent: `server.peers` has it until then.
 
 The timer is lazy: it is only moved forward, so a busy connection does not touch it; early firings cost a look.
 """
@@ -90,6 +91,7 @@ class Peer(asyncio.Protocol):
         "role",
         "server",
         "session",
+        "tamed",
         "transport",
     )
 
@@ -100,6 +102,8 @@ class Peer(asyncio.Protocol):
         self.role: Role | None = None
         self.session: RegistrySession | None = None
         """The registry's session, for a device."""
+        self.tamed = False
+        """Whether it waits because it was refused before. Who leaves meanwhile is not waited for."""
         self.address = ""
         self.certificate: bytes | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +140,8 @@ class Peer(asyncio.Protocol):
         self.pump()
 
     def eof_received(self) -> bool:
-        """Nothing more comes, but what came may wait for its turn still: the connection is closed behind it."""
+        """Nothing more comes, but what came may wait for its turn or its answer still: the connection is closed behind
+        these. How long that takes is the store's matter; who does not read the answers is cut as ever."""
         self._ended_sending = True
         self.pump()
         return True
@@ -151,17 +156,14 @@ class Peer(asyncio.Protocol):
         self.pump()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """What was received and waits for its turn is looked at still, as the client's DISCONNECT may be behind it;
+        not without end, where the core has no room."""
         self.transport = None
-        self.server.peers.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self.pump()  # what was received and waited for its turn; the client's DISCONNECT may be behind it
-        self.machine.lost(self.server.now())
+        self._stop_timer()
+        self.machine.resume_writing(self.server.now())  # nobody waits for who reads our answers any more
         self.pump()
-        self._closed = True
-        if self._lost is not None and not self._lost.done():
-            self._lost.set_result(None)
+        if not self._closed:
+            self._timer = self.server.loop.call_later(self.machine.limits.write_stall, self._give_up)
 
     # What the registry asks (registry.sessions.Closer) --------------------------------------------------------------
 
@@ -238,6 +240,8 @@ class Peer(asyncio.Protocol):
             self._failed(error)
         finally:
             self._pumping = False
+        if self.transport is None and self.machine.closed:
+            self._over()
 
     def _pump_poked(self) -> None:
         self._poked = False
@@ -246,10 +250,7 @@ class Peer(asyncio.Protocol):
     def _move(self) -> None:
         machine, server = self.machine, self.server
         now = server.now()
-        if self.transport is None:
-            machine.turn = machine.limits.receive_maximum
-        else:
-            machine.turn = machine.limits.packets_per_turn if now >= self._held_until else 0
+        machine.turn = machine.limits.packets_per_turn if now >= self._held_until else 0
         while True:
             while (event := machine.next_event(now)) is not None:
                 self._handle(event, now)
@@ -264,6 +265,8 @@ class Peer(asyncio.Protocol):
         server.counters.topics_too_long += machine.topics_too_long
         machine.subscriptions_full = machine.topics_too_long = 0
         transport = self.transport
+        if transport is None and not (machine.state is State.OPEN and machine.waiting):
+            self._lose(now)
         if machine.closed:
             # Who is told what was wrong may be sending still: a reset would take our words from it.
             in_the_middle = self._ended is not None and self._ended.cause in (Cause.VIOLATION, Cause.REFUSED)
@@ -271,17 +274,17 @@ class Peer(asyncio.Protocol):
             if transport is not None:
                 (transport.close_draining if in_the_middle else transport.close)()
             return
+        if machine.behind and now >= self._held_until:
+            self.poke()
         if transport is None:
             return
         if self._ended_sending:
-            if not machine.waiting:
+            if not machine.waiting and (self.tamed or not machine.busy):
                 transport.close()
         elif machine.wants_read and now >= self._held_until and not server.draining:
             transport.resume_reading()
         else:
             transport.pause_reading()
-        if machine.behind and now >= self._held_until:
-            self.poke()
         self._arm(now)
 
     def _handle(self, event: Event, now: float) -> None:
@@ -303,6 +306,23 @@ class Peer(asyncio.Protocol):
         if self._ended is not None:
             self.server.ended(self, self._ended)
             self._ended = None
+
+    def _lose(self, now: float) -> None:
+        self.machine.lost(now)
+        while (event := self.machine.next_event(now)) is not None:
+            self._handle(event, now)
+
+    def _give_up(self) -> None:
+        self.machine.lost(self.server.now())
+        self.pump()
+
+    def _over(self) -> None:
+        """The network is gone, and nothing that it brought is left."""
+        self._closed = True
+        self._stop_timer()
+        self.server.peers.discard(self)
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
 
     # Tasks ----------------------------------------------------------------------------------------------------------
 
@@ -329,6 +349,11 @@ class Peer(asyncio.Protocol):
             self._timer.cancel()
         self._timer_at = due
         self._timer = self.server.loop.call_later(max(0.0, due - now), self._tick)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _tick(self) -> None:
         self._timer = None

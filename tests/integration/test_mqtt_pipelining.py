@@ -2,22 +2,38 @@
 
 The queue here is smaller than what the clients send together, as 10,000 is against a few dozen full windows. What is
 proved is that nothing of it is answered 0x97 and nothing is lost; how fast it goes is `make bench`'s matter.
+
+Who sends all that it has in one piece and ends its sending, or is gone, has been heard to the end as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from OpenSSL import SSL
 
 from adapters.mqtt.wire import encode
-from adapters.mqtt.wire_packets import Ack, Connack, Connect, Disconnect, Publish, QoS
-from adapters.mqtt.wire_reasons import ReasonCode, Version
+from adapters.mqtt.wire_packets import (
+    Ack,
+    Connack,
+    Connect,
+    Disconnect,
+    Publish,
+    QoS,
+    Suback,
+    Subscribe,
+    SubscriptionRequest,
+    Will,
+)
+from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
 from registry.uplinks import UplinkLimits, Uplinks
 from tests.http_api import Api, api
-from tests.mqtt_server import Running, serving_mqtt
+from tests.mqtt_server import WAIT, Running, serving_mqtt
 from tests.nodes import until
 
 __all__ = ["api"]
@@ -97,3 +113,56 @@ async def test_who_says_all_in_one_piece_learns_that_it_was_admitted(mqtt: Runni
     assert isinstance(rest[0], Connack)
     assert rest[0].reason is ReasonCode.SUCCESS
     await until(lambda: mqtt.server.counters.stored == 3)
+
+
+def half_closed(port: int, data: bytes) -> bytes:
+    """What is answered to `data` with close_notify right behind it: a script's way to speak. Blocks."""
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT) as plain:
+        plain.settimeout(None)
+        tls = SSL.Connection(SSL.Context(SSL.TLS_METHOD), plain)
+        tls.set_connect_state()
+        tls.do_handshake()
+        tls.sendall(data)
+        tls.shutdown()
+        answer = b""
+        with suppress(SSL.ZeroReturnError, SSL.SysCallError):
+            while True:
+                answer += tls.recv(4096)
+        return answer
+
+
+@pytest.mark.parametrize("version", Version)
+async def test_who_ends_its_sending_has_the_answers_to_what_it_sent(mqtt: Running, version: Version) -> None:
+    device = await mqtt.device()
+    connect = Connect(version, "one", user_name=device.device_id, password=device.api_key.encode())
+    words = encode(connect, version)
+    asked = Subscribe(9, (SubscriptionRequest(f"devices/{device.device_id}/commands", QoS.AT_LEAST_ONCE),))
+    published = burst(device.device_id, 3, QoS.AT_LEAST_ONCE, version)
+    alone = await asyncio.to_thread(half_closed, mqtt.port, words)
+    assert alone[:1] == b"\x20"  # CONNACK
+    acks = b"".join(encode(Ack(PacketType.PUBACK, n), version) for n in (1, 2, 3))
+    answer = await asyncio.to_thread(half_closed, mqtt.port, words + published)
+    assert answer == alone + acks
+    answer = await asyncio.to_thread(half_closed, mqtt.port, words + encode(asked, version))
+    assert answer == alone + encode(Suback(9, (ReasonCode.GRANTED_QOS_1,)), version)
+    await until(lambda: not mqtt.server.peers)
+    assert mqtt.server.counters.stored == 3
+
+
+@pytest.mark.parametrize("qos", [QoS.AT_MOST_ONCE, QoS.AT_LEAST_ONCE])
+async def test_who_is_gone_has_said_all_that_was_received(mqtt: Running, qos: QoS) -> None:
+    device = await mqtt.device()
+    count = BURST if qos is QoS.AT_MOST_ONCE else WINDOW
+    will = Will(f"devices/{device.device_id}/events", b'"lost"', QoS.AT_LEAST_ONCE)
+    async with mqtt.client() as client:
+        await client.connect(device, will=will)
+        (peer,) = mqtt.server.peers
+        everything = burst(device.device_id, count, qos, Version.V5) + encode(Disconnect(), Version.V5)
+        peer.data_received(everything)  # in one read
+        peer.abort()
+        await until(lambda: not mqtt.server.peers)
+    await until(lambda: mqtt.server.counters.stored == count)
+    assert mqtt.server.counters.ended == {}
+    await until(lambda: not mqtt.server.devices.leaving)
+    await mqtt.server.broker.messaging.tick()
+    assert {each["payload"] for each in await mqtt.uplinks(device.device_id)}.isdisjoint({"lost"})

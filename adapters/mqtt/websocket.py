@@ -9,8 +9,10 @@ directions, so a slow reader or a full core reaches the peer's TCP as it does wi
 ones: a WebSocket ping keeps nothing alive, because keep-alive counts MQTT packets (5.0 §3.1.2.10).
 
 Ends. Ours: MQTT's last words, a close frame, TLS's goodbye, without waiting for the peer's close frame (RFC 6455
-§7.1.1 lets the server be first); a revocation waits for nobody. Theirs: a close frame is answered and, without a
-DISCONNECT before it, counts as a lost connection, so the will is published; likewise whatever breaks the framing.
+§7.1.1 lets the server be first); a revocation waits for nobody. Theirs: a close frame ends what they send, as TLS's
+goodbye does; it is answered when all that came before it is stored or refused and, without a DISCONNECT among that,
+counts as a lost connection, so the will is published. After it no data may be sent to them, so acknowledgements are
+dropped (RFC 6455 §5.5.1 does not let them be expected). Whatever breaks the framing ends at once.
 What can race: the peer may be closed while the payload of a read is handled; what came behind it is not looked at.
 What can be lost: on `abort`, what was written and not sent.
 """
@@ -56,13 +58,15 @@ class WebSockets:
 class WebSocket(asyncio.Protocol):
     """One connection: TLS's inner protocol, and the `Transport` of its peer."""
 
-    __slots__ = ("_frames", "_full", "_peer", "_pong", "_tls")
+    __slots__ = ("_frames", "_full", "_goodbye", "_peer", "_pong", "_tls")
 
     def __init__(self, peer: Peer, limits: WebSocketLimits) -> None:
         self._peer = peer
         self._frames = Frames(limits)
         self._tls: TlsTransport | None = None
         self._full = False
+        self._goodbye: int | None = None
+        """The code of the peer's close frame, until it is answered."""
         self._pong: bytes | None = None
         """A ping that is answered when the peer reads again; a later one takes its place."""
 
@@ -121,10 +125,11 @@ class WebSocket(asyncio.Protocol):
             self._tls.resume_reading()
 
     def close(self) -> None:
-        self._close(CloseReason.GOING_AWAY if self._peer.server.draining else CloseReason.NORMAL_CLOSURE, "")
+        ours = CloseReason.GOING_AWAY if self._peer.server.draining else CloseReason.NORMAL_CLOSURE
+        self._close(ours if self._goodbye is None else self._goodbye, "")
 
     def close_draining(self) -> None:
-        self._send(self._frames.close(CloseReason.NORMAL_CLOSURE, ""))
+        self._send(self._frames.close(CloseReason.NORMAL_CLOSURE if self._goodbye is None else self._goodbye, ""))
         if self._tls is not None:
             self._tls.close_draining()
 
@@ -148,7 +153,11 @@ class WebSocket(asyncio.Protocol):
             self._send(self._frames.pong(payload))
 
     def _end(self, end: End) -> None:
-        if end.violation and self._peer.alive:
+        if not end.violation:  # as TLS's: what came before it may wait for its turn still
+            self._goodbye = end.code
+            self._peer.eof_received()
+            return
+        if self._peer.alive:
             self._peer.server.counters.violations += 1
             log.debug("mqtt.websocket_violation", extra={"fields": {"peer": self.peer_address, "code": int(end.code)}})
         self._close(end.code, end.text)

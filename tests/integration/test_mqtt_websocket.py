@@ -13,12 +13,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import CloseConnection
 
 from adapters.mqtt.machine_limits import MqttLimits
 from adapters.mqtt.server_limits import ServerLimits
 from adapters.mqtt.websocket import WebSocket
 from adapters.mqtt.wire import encode
-from adapters.mqtt.wire_packets import Connack, Connect, Disconnect, Ping, Publish, QoS, Will
+from adapters.mqtt.wire_packets import Connack, Connect, Disconnect, Packet, Ping, Publish, QoS, Will
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
 from adapters.tls.admission import TlsLimits
 from tests.http_api import BASE, Api, api
@@ -245,9 +247,37 @@ async def test_pings_are_answered_and_a_clients_close_is_a_lost_connection(site:
         await client.goodbye()
         assert await client.closed() == []
         assert client.frames.close_code == 1000
-    await until(lambda: not site.server.peers)
+    await until(lambda: not site.server.peers and not site.server.devices.leaving)
+    await site.server.broker.messaging.tick()
     assert await payloads(site, device) == [{"gone": True}]
     assert site.server.counters.violations == 0
+
+
+@pytest.mark.parametrize("count", [0, 3, 600])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_all_that_came_before_a_close_frame_is_heard(site: Site, count: int, whole: bool) -> None:
+    """What a client sends that publishes and ends at once: in one read, and more than a turn takes."""
+    device = await site.device()
+    key = device.api_key.encode()
+    async with site.client() as client:
+        connect = Connect(Version.V5, "one", user_name=device.device_id, password=key, will=WILL)
+        packets: list[Packet] = [
+            Publish(f"devices/{device.device_id}/events", b"%d" % n, QoS.AT_MOST_ONCE) for n in range(count)
+        ]
+        if not whole:
+            await client.send(connect)
+            await client.expect(Connack)
+            packets = [*packets, Disconnect()]
+        else:
+            packets = [connect, *packets, Disconnect()]
+        end = Connection(ConnectionType.CLIENT).send(CloseConnection(1000))
+        client.frames.write_raw(framed(b"".join(encode(each, Version.V5) for each in packets)) + end)
+        await client.closed()
+        assert client.frames.close_code == 1000
+    await until(lambda: not site.server.peers and not site.server.devices.leaving)
+    await until(lambda: site.server.counters.stored == count)
+    await site.server.broker.messaging.tick()
+    assert {"gone": True} not in await payloads(site, device)
 
 
 async def test_a_client_that_never_reads_is_held_back_and_cut_and_its_pongs_do_not_pile_up(api: Api) -> None:

@@ -5,8 +5,8 @@
 
 The first refusal of a key is written soon; repetitions within `HOLD_SECONDS` are only counted and written together
 with the count, the last peer and the last correlation ids. So a device that knocks a thousand times a second costs six
-rows a minute. At most `MAX_KEYS` keys are held and `MAX_ROWS` rows written at a time; what exceeds that is counted in
-`dropped` and still logged. A refusal of nobody known has no tenant: it is logged and counted only.
+rows a minute. At most `MAX_KEYS` keys of known tenants are held, and `MAX_ROWS` rows written at a time; what exceeds
+that is counted in `dropped` and still logged. A refusal of nobody known has no tenant: it is logged and counted only.
 
 A peer may say which device it is and prove nothing (MQTT's user name, with a key that is nobody's). Whether there is
 such a device is asked behind the answer, of all that wait in one query, so that no answer can tell. What names no
@@ -95,7 +95,8 @@ class Refusals:
         key = _Key(tenant_id, device_id, kind, reason, contact.transport)
         held = self._held.get(key)
         if held is None:
-            if len(self._held) >= MAX_KEYS or (tenant_id is None and self._named >= MAX_NAMED):
+            full = self._named >= MAX_NAMED if tenant_id is None else len(self._held) - self._named >= MAX_KEYS
+            if full:
                 self.dropped += 1
                 return
             held = self._held[key] = _Held()

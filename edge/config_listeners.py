@@ -283,6 +283,9 @@ class Mqtt(Section, frozen=True, kw_only=True):
     provisioning_seconds: Annotated[
         Seconds, Meta(description="Such a connection is closed after this. A claim over a slow radio takes 10 s.")
     ] = 60.0
+    provisioning_silent_seconds: Annotated[
+        Seconds, Meta(description="And after this, if it has asked nothing yet: places are for those who ask.")
+    ] = 10.0
     refused_wait_seconds: Annotated[
         Annotated[float, Meta(ge=0, le=60)],
         Meta(

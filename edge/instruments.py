@@ -112,7 +112,7 @@ def _mqtt_limits_hit(server: MqttServer) -> dict[Limit, int]:
         Limit.CONNECTIONS: tls.dropped_connection_limit + tls.dropped_address_connections,
         Limit.UPLINK_PAYLOAD: counters.too_large,
         Limit.PROVISIONING_ATTEMPTS: counters.provisioning_refused,
-        Limit.PROVISIONING_CONNECTIONS: counters.provisioning_full,
+        Limit.PROVISIONING_CONNECTIONS: counters.provisioning_full + counters.provisioning_displaced,
         Limit.REFUSED_WAITING: counters.refusals_full,
         Limit.SUBSCRIPTIONS: counters.subscriptions_full,
         Limit.TOPIC: counters.topics_too_long,

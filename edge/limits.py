@@ -112,6 +112,7 @@ def mqtt_limits(config: Config) -> MqttServerLimits:
         provisioning=mqtt.provisioning_connections,
         provisioning_per_address=mqtt.provisioning_connections_per_address,
         provisioning_seconds=mqtt.provisioning_seconds,
+        provisioning_silence=mqtt.provisioning_silent_seconds,
         provisioning_attempts=mqtt.provisioning_requests,
         provisioning_attempts_per_second=config.limits.provisioning_attempts_per_second,
         provisioning_attempts_burst=config.limits.provisioning_attempts_burst,

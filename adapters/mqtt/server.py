@@ -86,6 +86,8 @@ class MqttCounters:
     """Names and filters with more bytes or levels than are taken."""
     provisioning_full: int = 0
     """Of `turned_away`, those without credentials."""
+    provisioning_displaced: int = 0
+    """Connections without credentials that gave up their places to addresses with fewer."""
     provisioning_refused: int = 0
     """Provisioning requests beyond what one connection or one address may send."""
     refusals_full: int = 0

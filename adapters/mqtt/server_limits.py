@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from adapters.mqtt.machine_limits import MqttLimits
 
@@ -15,6 +15,7 @@ class ServerLimits:
     provisioning: int = 500  # connections at once without credentials
     provisioning_per_address: int = 64  # of these; a rack of devices that boots together comes in turns
     provisioning_seconds: float = 60.0  # from CONNECT to the end; a claim over a slow radio takes ten
+    provisioning_silence: float = 10.0  # until its first request; who only holds a place has it no longer than that
     provisioning_attempts: int = 20  # requests on one such connection
     provisioning_attempts_per_second: float = 100.0  # from one address, as over HTTPS
     provisioning_attempts_burst: int = 1_000
@@ -30,18 +31,21 @@ class ServerLimits:
 
     @property
     def provisioning_machine(self) -> MqttLimits:
-        """What a peer without credentials may take: one small request after the other."""
-        return MqttLimits(
-            connect_bytes=self.machine.connect_bytes,
-            packet_bytes=65_536,
-            receive_maximum=8,
+        """What a peer without credentials may take: one small request after the other, and of nothing more than a
+        device may."""
+        most = self.machine
+        return replace(
+            most,
+            packet_bytes=min(65_536, most.packet_bytes),
+            receive_maximum=min(8, most.receive_maximum),
+            unreleased=min(8, most.unreleased),
             unanswered_messages=1,
-            inflight=8,
-            queued_messages=32,
-            queued_bytes=262_144,
-            subscriptions=8,
+            inflight=min(8, most.inflight),
+            queued_messages=min(32, most.queued_messages),
+            queued_bytes=min(262_144, most.queued_bytes),
+            subscriptions=min(8, most.subscriptions),
             topic_aliases_in=0,
             topic_aliases_out=0,
             session_expiry=0.0,
-            keep_alive=60,
+            keep_alive=min(60, most.keep_alive or 60),
         )

@@ -55,6 +55,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "provisioning_connections": ("server.provisioning",),
     "provisioning_connections_per_address": ("server.provisioning_per_address",),
     "provisioning_seconds": ("server.provisioning_seconds",),
+    "provisioning_silent_seconds": ("server.provisioning_silence",),
     "provisioning_requests": ("server.provisioning_attempts",),
     "refused_wait_seconds": ("server.taming_longest",),
     "refused_waiting": ("server.held",),

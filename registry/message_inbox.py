@@ -20,11 +20,17 @@ for whatever reason (publishing.py).
 
 Rows are taken charge of by one task at a time, the loop or a batch of publications that found itself behind them. What
 can race: a batch that is committed after the packet ids and before the hand-over; it waits for that (`handed_over`).
+The other way round, a batch may be committed and its delivery take many turns of the loop: rows of its sessions are
+younger than what is being delivered, and are passed over until that is done (`giving_out`, `given_out`).
+
+Of a message that cannot be handled only its own receivers have the loss: a relay is dropped, a session is closed and
+finds it again in its queue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection, Sequence
 
 import msgspec
@@ -32,11 +38,14 @@ from asyncpg import Record
 
 from registry.messaging_values import Arrival, OutcomeOpen, Ownership, Router, StoredSessionId
 from registry.model import NodeId
+from registry.pacing import Pace
 from registry.storage import messaging as storage
 from registry.storage import messaging_sessions as sessions
 from registry.storage.commits import certain_transaction
 from registry.storage.database import Connection, Database
 from registry.storage.messaging_sessions import message_of, queued_of
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """Without any hint the tables are looked at this often: the most that a lost NOTIFY delays a message."""
@@ -56,6 +65,10 @@ class MessageInbox:
         self._taking = asyncio.Lock()
         self._taken: set[StoredSessionId] = set()
         """Sessions whose rows get their packet ids now, or have them and are not handed over yet."""
+        self._given: set[StoredSessionId] = set()
+        """Sessions to which a batch of this node gives its messages."""
+        self._passed: set[StoredSessionId] = set()
+        """Those of them whose rows wait for that."""
 
     def wake(self) -> None:
         """Look soon."""
@@ -80,6 +93,17 @@ class MessageInbox:
             async with self._taking:
                 pass
 
+    def giving_out(self, session_ids: set[StoredSessionId]) -> None:
+        """A batch is about to be committed with messages for these; take no rows of theirs until `given_out`."""
+        self._given = set(session_ids)
+
+    def given_out(self, session_ids: set[StoredSessionId]) -> None:
+        """The router has what the batch had for these, or nothing was committed."""
+        self._given -= session_ids
+        if self._passed:
+            self._passed.clear()
+            self._wake.set()
+
     def freed(self, session_ids: set[StoredSessionId]) -> None:
         """There may be room now in these sessions: those that hold messages back are tried again."""
         if not self._held_back.isdisjoint(session_ids):
@@ -101,7 +125,7 @@ class MessageInbox:
             async with self._database.connection() as connection:
                 await self._hear(connection)
                 relayed = await storage.relays(connection, self._node_id, self._undeleted, _SLICE)
-                rows = await storage.waiting(connection, self._node_id, self._held_back, _SLICE)
+                rows = await storage.waiting(connection, self._node_id, self._held_back | self._passed, _SLICE)
             if relayed or self._undeleted:
                 await self._hand_over(relayed)
             if rows:
@@ -119,17 +143,14 @@ class MessageInbox:
             await sessions.remove_word(connection, self._node_id, word)
 
     async def _hand_over(self, rows: Sequence[Record]) -> None:
+        pace = Pace()
         for row in rows:
             self._undeleted.add(row["relay_id"])
-            self._router.arrived(
-                Arrival(
-                    row["tenant_id"],
-                    row["device_id"],
-                    message_of(row),
-                    row["direct"],
-                    tuple(msgspec.json.decode(row["shared"], type=list[str])),
-                )
-            )
+            try:
+                await pace.through(self._router.arrived(_arrival_of(row)))
+            except Exception:  # what cannot be handled would be read again for ever
+                log.exception("messaging.relay_not_handled")
+        pace.end()
         done = set(self._undeleted)
         async with self._database.transaction() as connection:
             await storage.remove_relays(connection, self._node_id, done)
@@ -144,6 +165,9 @@ class MessageInbox:
         for row in rows:
             if row["session_id"] in self._held_back:
                 continue  # an earlier one of this session found no room
+            if row["session_id"] in self._given:
+                self._passed.add(row["session_id"])
+                continue
             ownership = Ownership(row["session_id"], row["epoch"])
             packet_id = self._router.reserve(ownership, row["size"])
             if packet_id is None:
@@ -170,10 +194,14 @@ class MessageInbox:
                 self._router.unreserve(ownership, packet_id)
             raise
         for row, ownership, packet_id in reserved:
-            if (row["session_id"], row["ordinal"]) in taken:
-                self._router.queued(ownership, queued_of(row, packet_id))
-            else:
+            if (row["session_id"], row["ordinal"]) not in taken:
                 self._router.unreserve(ownership, packet_id)
+                continue
+            try:
+                self._router.queued(ownership, queued_of(row, packet_id))
+            except Exception:  # its packet id is recorded, and nobody is to use it for anything else
+                log.exception("messaging.queued_not_handled")
+                self._router.evicted(ownership)
 
     async def _record(self, reserved: Sequence[tuple[Record, Ownership, int]]) -> set[tuple[StoredSessionId, int]]:
         async with certain_transaction(self._database) as connection:
@@ -186,3 +214,8 @@ class MessageInbox:
                 and session.node_id == self._node_id
             ]
             return await storage.take_charge(connection, mine)
+
+
+def _arrival_of(row: Record) -> Arrival:
+    shared = tuple(msgspec.json.decode(row["shared"], type=list[str]))
+    return Arrival(row["tenant_id"], row["device_id"], message_of(row), row["direct"], shared)

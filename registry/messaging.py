@@ -578,9 +578,13 @@ class Messaging:
             )
             for (will_id, _), outcome in zip(due, outcomes, strict=True):
                 if isinstance(outcome, BaseException):
-                    if not isinstance(outcome, RegistryError):
-                        raise outcome
-                    log.warning("messaging.will_postponed", extra={"fields": {"reason": outcome.code.value}})
+                    match outcome:
+                        case RegistryError(code=code):
+                            log.warning("messaging.will_postponed", extra={"fields": {"reason": code.value}})
+                        case Exception():  # one that cannot be handled: the others are not to blame
+                            log.error("messaging.will_not_handled", exc_info=outcome)
+                        case _:
+                            raise outcome
                     async with self._database.connection() as connection:
                         await messaging_sessions.postpone_will(connection, will_id, self._clock() + _WILL_RETRY_SECONDS)
             if len(due) < _WILLS:

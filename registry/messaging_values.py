@@ -18,7 +18,7 @@ All times are seconds since 1970 (UTC). `size` is in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NewType, Protocol
 
@@ -151,11 +151,13 @@ class Relay:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Where one message goes beyond this node's memory. `context` is the adapter's own and comes back untouched."""
+    """Where one message goes beyond this node's memory. `context` is the adapter's own and comes back untouched.
+    `live`: how many receivers get it from memory besides."""
 
     recipients: tuple[Recipient, ...] = ()
     relays: tuple[Relay, ...] = ()
     context: object = None
+    live: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +324,8 @@ class Retained:
 
 
 class Router(Protocol):
-    """What the adapter does for the store. Every call is synchronous, quick, and must not raise."""
+    """What the adapter does for the store. Every call is synchronous, quick, and must not raise;
+    what does raise costs its own publication or session only."""
 
     def changed(self, tenant_id: TenantId, changes: Sequence[RouteChange], *, whole: bool) -> None:
         """Routes of a tenant. `whole`: these are all there are; forget what was known. Else apply in order; an entry
@@ -343,8 +346,10 @@ class Router(Protocol):
     def abandoned(self, publication: Publication, routing: Routing) -> None:
         """Nothing was stored with this routing: give back what it reserved."""
 
-    def committed(self, publication: Publication, published: Published) -> None:
-        """It is stored. Called in the order of commits, before the future of `publish` is done: deliver here."""
+    def committed(self, publication: Publication, published: Published) -> Iterator[None]:
+        """It is stored. Called in the order of commits, before the future of `publish` is done: deliver here,
+        one receiver in each step. Taken to its end before the next is begun. Between the steps connections may end, and
+        sessions change their owner."""
 
     def reserve(self, ownership: Ownership, size: int) -> int | None:
         """A packet id for a message that was queued elsewhere, or None: not served here any more, or no room now."""
@@ -355,8 +360,9 @@ class Router(Protocol):
     def queued(self, ownership: Ownership, queued: QueuedMessage) -> None:
         """A message of the queue is now in charge of this owner under the reserved packet id: send it."""
 
-    def arrived(self, arrival: Arrival) -> None:
-        """A relayed message for sessions of this node. Called once for each, in the order of one sender."""
+    def arrived(self, arrival: Arrival) -> Iterator[None]:
+        """A relayed message for sessions of this node. Called once for each, in the order of one sender; in steps, as
+        `committed`."""
 
     def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         """The session was taken over elsewhere, dropped, or its memory may differ from the store: close its connection

@@ -13,7 +13,10 @@ Invariants
   MQTT's 0x97). A receiver that takes nothing stops its topics for a while, then its session ends (full_queues.py).
 - A QoS 2 id is stored in the transaction of its message, and only by the session's present owner: whoever restores
   the session finds both or none.
-- One batch at a time, so messages of one sender are committed, queued and delivered in their order.
+- One batch at a time, so messages of one sender are committed, queued and delivered in their order. The delivery lets
+  others have their turn (pacing.py); what is committed behind it waits, and the inbox passes over these sessions.
+- A publication that cannot be handled fails alone. If that shows in the delivery only, it is stored all the same: the
+  sessions that may not have it are closed, and find it when they are taken up.
 
 What can race: a session that is taken elsewhere while its message is on the way. Its row is held until the commit, so
 either the taker loads the message, or the message finds the taker as the owner and waits for it. What can be lost: the
@@ -32,6 +35,7 @@ No message overtakes an older one of its session (MQTT 5.0 §4.6), whatever way 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -60,6 +64,7 @@ from registry.messaging_values import (
     StoredSessionId,
 )
 from registry.model import NodeId, TenantId
+from registry.pacing import Pace
 from registry.queue_fronts import QueueFronts
 from registry.storage import messaging as storage
 from registry.storage import messaging_sessions as sessions
@@ -68,6 +73,12 @@ from registry.storage.database import Connection, Database
 from registry.storage.messaging import QueueRow, Retention, RowsRefused, Writes
 from registry.storage.messaging_sessions import Locked
 from registry.storage.uplinks import MAX_BATCH, new_ids
+
+log = logging.getLogger(__name__)
+
+MAX_RECEIVERS = 5_000
+"""A transaction takes no further publication behind this many receivers: its rows are bounded, and what is made of them
+in one step of the loop, however many subscribe to one topic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,8 @@ class _Batch:
     """A batch under way: routings to give back if it fails, outcomes to give out when it is committed."""
 
     routings: list[Routing | None] = field(default_factory=list)
+    failures: dict[int, Exception] = field(default_factory=dict)
+    """By their place in the batch, those that the router cannot handle."""
     outcomes: list[Outcome] = field(default_factory=list)
     writes: Writes = field(default_factory=Writes)
     touched: set[StoredSessionId] = field(default_factory=set)
@@ -177,6 +190,13 @@ class Publishing:
         return self._batcher.submit(_Item(publication, routing))
 
     async def _process(self, items: Sequence[_Item]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        while len(outcomes) < len(items):
+            outcomes += await self._process_first(items[len(outcomes) :])
+        return outcomes
+
+    async def _process_first(self, items: Sequence[_Item]) -> list[Outcome]:
+        """Of as many as go into one transaction; of all of them if that fails."""
         for pause in (*RETRY_PAUSES, None):
             try:
                 return await self._store(items)
@@ -208,30 +228,52 @@ class Publishing:
         await self._catch_up()
         batch = _Batch()
         try:
+            return await self._commit(items, batch)
+        finally:
+            self._inbox.given_out(batch.touched)
+
+    async def _commit(self, items: Sequence[_Item], batch: _Batch) -> list[Outcome]:
+        try:
             async with certain_transaction(self._database) as connection:
                 tenants = {item.publication.tenant_id for item in items if item.routing is None}
                 await self._routes.refresh(connection, tenants)
-                for item in items:
-                    batch.routings.append(item.routing or self._router.route(item.publication))
+                self._route(items, batch)
+                items = items[: len(batch.routings)]
                 held = await self._hold(connection, items, batch.routings)
                 ids = new_ids(len(items), int(self._clock() * 1000), self._random)
-                for item, routing, message_id in zip(items, batch.routings, ids, strict=True):
-                    batch.outcomes.append(self._judge(item, routing, message_id, held, batch))
+                for place, (item, routing, message_id) in enumerate(zip(items, batch.routings, ids, strict=True)):
+                    failure = batch.failures.get(place)
+                    batch.outcomes.append(failure or self._judge(item, routing, message_id, held, batch))
                 if batch.writes.anything:
+                    self._inbox.giving_out(batch.touched)
                     touched = [held.sessions[session_id] for session_id in sorted(batch.touched)]
                     await storage.write(connection, batch.writes, touched, held.retention)
                     batch.in_hand = [session for session in touched if session.session_id not in held.behind]
         except OutcomeOpen:
-            self._doubt(batch)
+            self._doubt(batch.routings)
             raise
         except BaseException:
             for item, routing in zip(items, batch.routings, strict=False):
                 if routing is not None and item.routing is None:
                     self._router.abandoned(item.publication, routing)
             raise
-        await self._inbox.handed_over({session.session_id for session in batch.in_hand})
-        self._finish(items, batch)
+        self._account(batch)
+        await self._hand_out(items, batch)
         return batch.outcomes
+
+    def _route(self, items: Sequence[_Item], batch: _Batch) -> None:
+        receivers = 0
+        for place, item in enumerate(items):
+            try:
+                routing = item.routing or self._router.route(item.publication)
+            except Exception as error:  # one publication that cannot be handled: the others are not to blame
+                log.exception("messaging.not_routed")
+                batch.failures[place] = error
+                routing = None
+            batch.routings.append(routing)
+            receivers += 0 if routing is None else len(routing.recipients) + routing.live
+            if receivers >= MAX_RECEIVERS:
+                return
 
     async def _catch_up(self) -> None:
         behind, self._behind = self._behind, set()
@@ -242,12 +284,12 @@ class Publishing:
         except (OutcomeOpen, Unavailable):
             pass  # the inbox comes back to them by itself
 
-    def _doubt(self, batch: _Batch) -> None:
+    def _doubt(self, routings: Sequence[Routing | None]) -> None:
         """Rows may stand with packet ids that were reserved here, so those must not be used for anything else: their
         sessions are closed, and whoever takes them next finds what was stored."""
         reserved = {
             Ownership(r.session_id, r.reserved.epoch)
-            for routing in batch.routings
+            for routing in routings
             if routing is not None
             for r in routing.recipients
             if r.reserved is not None
@@ -255,12 +297,24 @@ class Publishing:
         for ownership in reserved:
             self._router.evicted(ownership)
 
-    def _finish(self, items: Sequence[_Item], batch: _Batch) -> None:
+    async def _hand_out(self, items: Sequence[_Item], batch: _Batch) -> None:
+        """Whoever is cancelled here hands out the rest at once; a stored session would find it in its queue, a live one
+        nowhere."""
+        pace = Pace()
+        await pace.behind(self._inbox.handed_over({session.session_id for session in batch.in_hand}))
         for item, routing, outcome in zip(items, batch.routings, batch.outcomes, strict=True):
-            if isinstance(outcome, Published) and not outcome.duplicate and not outcome.forbidden:
-                self._router.committed(item.publication, outcome)
-            elif routing is not None:
-                self._router.abandoned(item.publication, routing)
+            try:
+                if isinstance(outcome, Published) and not outcome.duplicate and not outcome.forbidden:
+                    await pace.through(self._router.committed(item.publication, outcome))
+                elif routing is not None:
+                    self._router.abandoned(item.publication, routing)
+            except Exception:  # it is stored, whatever became of its delivery: the outcome stands
+                log.exception("messaging.not_delivered")
+                self._doubt([routing])
+        pace.end()
+
+    def _account(self, batch: _Batch) -> None:
+        for outcome in batch.outcomes:
             if isinstance(outcome, RetainedFull):
                 self.retained_full += 1
             elif isinstance(outcome, QueueFull):

@@ -6,7 +6,7 @@ It does what an adapter's router must do and nothing of a protocol. `Broker.cras
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -224,7 +224,7 @@ class Broker:
             if served is not None and recipient.reserved is not None:
                 served.taken_ids.remove(recipient.reserved.packet_id)
 
-    def committed(self, publication: Publication, published: Published) -> None:
+    def committed(self, publication: Publication, published: Published) -> Iterator[None]:
         self.commits.append(publication.message.payload)
         reserved = {r.session_id: r.reserved for r in published.routing.recipients}
         for placement in published.placements:
@@ -238,6 +238,7 @@ class Broker:
                 continue
             assert placement.packet_id in served.taken_ids
             served.sent.append((placement.ordinal, placement.packet_id, publication.message))
+            yield
 
     def reserve(self, ownership: Ownership, size: int) -> int | None:
         served = self.served.get(ownership.session_id)
@@ -253,8 +254,9 @@ class Broker:
         assert queued.packet_id in served.taken_ids
         served.sent.append((queued.ordinal, queued.packet_id, queued.message))
 
-    def arrived(self, arrival: Arrival) -> None:
+    def arrived(self, arrival: Arrival) -> Iterator[None]:
         self.arrivals.append(arrival)
+        yield
 
     def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         (self.full if full else self.evictions).append(ownership)

@@ -30,7 +30,7 @@ What can race: a subscription ends while a message for it is on its way; it may 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -244,7 +244,8 @@ class Broker:
         plan = self._planned(publication, message)
         if plan.relays:
             self.messaging.relay(publication, _relays(plan))
-        self._give_local(plan)
+        for _ in self._give_local(plan):
+            pass
 
     async def enqueue(self, role: DeviceRole, ownership: Ownership, delivery: Delivery, kept: Retained) -> bool:
         """Put a retained message into a stored session's queue; False: there is no room now.
@@ -302,7 +303,7 @@ class Broker:
                 return None
         plan = self._planned(publication, message)
         recipients = tuple(self._recipient(plan, session_id, kept) for session_id, kept in plan.stored.items())
-        return Routing(recipients, _relays(plan), plan)
+        return Routing(recipients, _relays(plan), plan, len(plan.local))
 
     async def will_due(self, publication: Publication) -> bool:
         message = from_store(publication.message)
@@ -315,11 +316,11 @@ class Broker:
         for recipient in routing.recipients:
             self._give_back(recipient)
 
-    def committed(self, publication: Publication, published: Published) -> None:
+    def committed(self, publication: Publication, published: Published) -> Iterator[None]:
         context = published.routing.context
         if not isinstance(context, _Plan):
             return
-        self._give_local(context)
+        yield from self._give_local(context)
         recipients = {each.session_id: each for each in published.routing.recipients}
         for placement in published.placements:
             recipient = recipients[placement.session_id]
@@ -339,6 +340,7 @@ class Broker:
                 placement.ordinal,
             )
             role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), placement.packet_id))
+            yield
 
     def reserve(self, ownership: Ownership, size: int) -> int | None:
         role = self._owner(ownership)
@@ -361,7 +363,7 @@ class Broker:
         delivery = delivery_of_queued(queued)
         role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), queued.packet_id))
 
-    def arrived(self, arrival: Arrival) -> None:
+    def arrived(self, arrival: Arrival) -> Iterator[None]:
         tenant = self._tenants.get(arrival.tenant_id)
         if tenant is None:
             return
@@ -383,7 +385,7 @@ class Broker:
             chosen = None if group is None else group.pick(lambda role: role.ready)
             if chosen is not None:
                 plan.local.setdefault(chosen[0], []).append(chosen[1])
-        self._give_local(plan)
+        yield from self._give_local(plan)
 
     def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         role = self._served.get(ownership.session_id)
@@ -495,11 +497,13 @@ class Broker:
 
     # Handing out ----------------------------------------------------------------------------------------------------
 
-    def _give_local(self, plan: _Plan) -> None:
+    def _give_local(self, plan: _Plan) -> Iterator[None]:
+        """A receiver in each step."""
         for role, subscriptions in plan.local.items():
             delivery = delivery_of(plan.message, subscriptions, own=False)
             if delivery is not None:
                 role.peer.run(partial(self._give, role, delivery))
+            yield
 
     def _give(self, role: DeviceRole, delivery: Delivery) -> None:
         taken = role.mqtt.deliver(delivery, self.server.now())

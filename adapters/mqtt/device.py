@@ -306,6 +306,7 @@ class DeviceRole:
 
     __slots__ = (
         "_asked",
+        "_left",
         "_levels",
         "_moved",
         "_pending",
@@ -362,6 +363,7 @@ class DeviceRole:
         self._pending: set[asyncio.Future[None]] = set()
         self._moved: asyncio.Event | None = None  # made by who waits for it: few do
         self._asked = 0
+        self._left = False  # the connection ended before anybody closed the session: what it has said still counts
         self._source = source_of(session, self.own)
         self._levels: tuple[str, ...] = ()  # of the last message's topic, and where that goes: mostly the next one's
         self._target: Target | None = None
@@ -440,6 +442,7 @@ class DeviceRole:
         if self.owner.by_key.get(self.key) is self:
             del self.owner.by_key[self.key]
         self._tell_operator(ended, now)
+        self._left = not self.session.closed
         self.registry.sessions.ended(self.session)
         self.broker.leave(self)
         self._let_go(publish_will=self.mqtt.owes_will)  # published from the store, when its delay is over
@@ -597,6 +600,8 @@ class DeviceRole:
         if not await self.owner.speaks_for(self.session, target.device_id):
             self._forbidden(receipt, self.server.now())
             return
+        if self._revoked:  # revoked while we asked
+            return
         source = source_of(self.session, target.device_id)
         match target:
             case UplinkTopic():
@@ -661,6 +666,8 @@ class DeviceRole:
             self._full(receipt, attempt, now)
 
     def _submit_brokered(self, receipt: Receipt, message: Message) -> bool:
+        if self._revoked:  # revoked while it waited: nothing of it is stored, and the connection is being closed
+            return True
         if not may_publish(self.grants, tuple(message.topic.split("/")), self.own):  # its grant went while it waited
             self._forbidden(receipt, self.server.now())
             return True
@@ -672,6 +679,8 @@ class DeviceRole:
         return True
 
     def _submit(self, receipt: Receipt, uplink: NewUplink) -> bool:
+        if self._revoked:  # as above
+            return True
         try:
             future = self.registry.uplinks.submit(uplink)
         except Unavailable:
@@ -703,7 +712,7 @@ class DeviceRole:
             return
         self._waiting.append(attempt)
         if self._retry is None:
-            self._retry = self.server.loop.call_later(pause, self._try_again)
+            self._retry = self.server.loop.call_later(pause, self.peer.run, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
@@ -711,9 +720,13 @@ class DeviceRole:
             if not self._waiting[0]():
                 pause = self.server.limits.full_pause
                 self.peer.hold(pause)
-                self._retry = self.server.loop.call_later(pause, self._try_again)
+                self._retry = self.server.loop.call_later(pause, self.peer.run, self._try_again)
                 return
             self._waiting.pop(0)
+
+    @property
+    def _revoked(self) -> bool:
+        return self.session.closed and not self._left
 
     # What became of a message ---------------------------------------------------------------------------------------
 

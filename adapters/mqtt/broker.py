@@ -43,6 +43,7 @@ from adapters.mqtt.authorization import (
     reserved,
     subscribe_target,
 )
+from adapters.mqtt.fan_out import FanOut
 from adapters.mqtt.messages import (
     delivery_of_queued,
     filter_of,
@@ -96,6 +97,12 @@ AGAIN_SECONDS: Final = 1.0
 """After this, what the database could not do is tried again."""
 
 
+_AT_ONCE: Final = 64
+"""To so many receivers a message of QoS 0 goes in one step."""
+_AS_ONE_PACKET: Final = 4
+"""Receivers that take as much of their publisher's turn as a packet that it sends."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Local:
     """A subscription of a session that is not stored."""
@@ -146,6 +153,7 @@ class Broker:
         self.messaging = messaging
         self._tenants: dict[TenantId, _Tenant] = {}
         self._served: dict[StoredSessionId, DeviceRole] = {}
+        self._fan_out = FanOut(lambda work: server.track(server.loop.create_task(work, name="mqtt fan-out")))
 
     # Members --------------------------------------------------------------------------------------------------------
 
@@ -221,7 +229,8 @@ class Broker:
     def publish_unsure(self, role: DeviceRole, message: Message, later: Callable[[], None]) -> bool:
         """Send a message of QoS 0 that is not retained to whoever is there. True: done; else `later` is called then.
 
-        Where there are other nodes, what was subscribed there before is asked for first.
+        Where there are other nodes, what was subscribed there before is asked for first. To many receivers it goes in
+        steps, and to few it takes of its publisher's turn.
         """
         if not self.messaging.alone:
             try:
@@ -231,21 +240,29 @@ class Broker:
             else:
                 future.add_done_callback(partial(self._caught_up, role, message, later))
                 return False
-        self._send_unsure(role, message)
+        plan = self._plan_unsure(role, message)
+        if self._fan_out.busy(role.tenant_id) or len(plan.local) > _AT_ONCE:
+            self._fan_out.put(role.tenant_id, self._give_local(plan), later)
+            return False
+        for _ in self._give_local(plan):
+            pass
+        machine = role.peer.machine
+        if machine.turn is not None:
+            machine.turn -= len(plan.local) // _AS_ONE_PACKET
         return True
 
     def _caught_up(self, role: DeviceRole, message: Message, later: Callable[[], None], _: object) -> None:
-        self._send_unsure(role, message)
-        later()
+        plan = self._plan_unsure(role, message)
+        self._fan_out.put(role.tenant_id, self._give_local(plan), later)
 
-    def _send_unsure(self, role: DeviceRole, message: Message) -> None:
+    def _plan_unsure(self, role: DeviceRole, message: Message) -> _Plan:
+        """Where it goes; to other nodes at once."""
         sender = None if role.ownership is None else role.ownership.session_id
         publication = _FromHere(role.tenant_id, role.own, to_store(message), None, sender, publisher=role)
         plan = self._planned(publication, message)
         if plan.relays:
             self.messaging.relay(publication, _relays(plan))
-        for _ in self._give_local(plan):
-            pass
+        return plan
 
     async def enqueue(self, role: DeviceRole, ownership: Ownership, delivery: Delivery, kept: Retained) -> bool:
         """Put a retained message into a stored session's queue; False: there is no room now.

@@ -229,6 +229,10 @@ class Messaging:
 
     # Sessions -----------------------------------------------------------------------------------------------------
 
+    def serving(self, ownership: Ownership) -> None:
+        """The router knows this session from now on: what the inbox met before is tried again at once."""
+        self._inbox.freed({ownership.session_id})
+
     async def take(self, opening: Opening) -> Taken:
         """Begin a session, or go on with it, from wherever it was; its earlier owner is fenced off and told.
 

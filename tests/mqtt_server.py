@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
+import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -120,6 +122,13 @@ class Client:
     def drop(self) -> None:
         """Vanish without a goodbye."""
         if self._writer is not None:
+            self._writer.transport.abort()
+
+    def reset(self) -> None:
+        """Vanish so that the other side hears of it at once, and that nothing can be sent to us any more (RST)."""
+        if self._writer is not None:
+            raw = self._writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._writer.transport.abort()
 
     async def send(self, packet: Packet) -> None:

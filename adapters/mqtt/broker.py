@@ -161,6 +161,7 @@ class Broker:
         """A session was taken: what comes for it, if it is stored, and word of its end come to this role."""
         if role.held is not None:
             self._served[role.held.session_id] = role
+            self.messaging.serving(role.held)
 
     async def enter(self, role: DeviceRole) -> None:
         """A device with grants, or with inherited subscriptions, is about to be accepted. Raises Unavailable."""

@@ -214,7 +214,7 @@ async def test_a_connection_that_vanishes_while_it_subscribes_leaves_nothing_beh
                 await hold_routes(mqtt, connection)
                 await client.send(Subscribe(1, (SubscriptionRequest("site/a", QoS.AT_LEAST_ONCE),)))
                 await until(lambda: any(peer.machine.busy for peer in mqtt.server.peers))
-                client.drop()
+                client.reset()
                 await until(lambda: not mqtt.server.devices.by_key)
             await until(lambda: not mqtt.server.devices.leaving and not broker._tenants)
             await until(lambda: not routes._watched and not routes._written)

@@ -173,9 +173,13 @@ class Teardown:
         return task
 
     async def _close(self, scope: Scope, reason: str, age_seconds: float) -> list[ClosedSession]:
-        doomed = self._sessions.matching(scope)
         started = time.monotonic()
-        closed = await self._sessions.close(doomed, reason, age_seconds=age_seconds)
+        doomed: list[Session] = []
+        closed: list[ClosedSession] = []
+        # Who was admitted before the commit may enter the table meanwhile, to be refused at its second reading.
+        while found := self._sessions.matching(scope):
+            doomed += found
+            closed += await self._sessions.close(found, reason, age_seconds=age_seconds)
         if closed:
             self._observer.revocation_torn_down(age_seconds + time.monotonic() - started)
             self._spawn(self._record_closed(doomed, reason), "session events")

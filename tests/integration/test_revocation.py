@@ -7,10 +7,12 @@ import asyncio
 import asyncpg
 import pytest
 
+from registry import secrets
 from registry.errors import Unauthenticated, Unavailable
 from registry.feed import CHANNEL, Feed, NodeBusy
-from registry.model import DeviceId, NodeId, TenantId
+from registry.model import ApiKey, DeviceId, NodeId, TenantId
 from registry.sealing import KeyRing
+from registry.sessions import Scope
 from registry.storage import admission, events
 from registry.storage.database import Database
 from tests.nodes import WatchedCloser, closed_sessions, issue_key, note_event, revoke, running_node, until
@@ -153,6 +155,34 @@ async def test_sessions_that_open_during_a_revocation_do_not_survive_it(
             assert all(s.closed for s in admitted)
             assert receipt.remaining == 0
             assert not a.sessions.all()
+
+
+async def test_who_enters_the_table_while_others_are_closed_is_closed_too_and_not_counted_as_remaining(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first reading was before the revocation, its second one takes longer than the receipt."""
+    credential_id, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING) as a:
+        identity = await a.resolver.admit(ApiKey(secrets.digest(key.reveal())), a.contact())
+        never = asyncio.Event()
+        late: list[asyncio.Task[object]] = []
+
+        async def slow(*_: object) -> None:
+            await never.wait()
+
+        class Opens(WatchedCloser):
+            async def close(self, reason: str) -> None:
+                monkeypatch.setattr(a.resolver, "recheck", slow)
+                late.append(asyncio.create_task(a.sessions.open(identity, a.contact(), WatchedCloser())))
+                await asyncio.sleep(0)
+
+        await a.connect(key, Opens())
+        receipt = await a.teardown.complete(await revoke(a.database, tenant_id, credential_id))
+        assert len(late) == 1
+        assert receipt.remaining == 0
+        assert not a.sessions.matching(Scope(tenant_id, device_id, credential_id, None))
+        late[0].cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
 
 async def test_opening_reads_the_credential_again_after_the_session_is_in_the_table(

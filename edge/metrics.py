@@ -48,12 +48,8 @@ class Metrics:
         Gauge("gatehouse_build_info", "1, for the version that runs", ["version"], registry=registry).labels(
             version
         ).set(1)
-        self._auth = Counter(
-            "gatehouse_auth_attempts", "Admissions tried, by outcome", ["transport", "outcome"], registry=registry
-        )
-        self._closed = Counter(
-            "gatehouse_sessions_closed", "Sessions ended, by reason", ["transport", "reason"], registry=registry
-        )
+        self._auth = _Tally("gatehouse_auth_attempts", "Admissions tried, by outcome", ("transport", "outcome"))
+        self._closed = _Tally("gatehouse_sessions_closed", "Sessions ended, by reason", ("transport", "reason"))
         self._teardown = Histogram(
             "gatehouse_revocation_teardown_seconds",
             "From a revocation's commit to the last closed session on this node",
@@ -74,14 +70,16 @@ class Metrics:
         self._limits = _Tally("gatehouse_limits_hit", "Limits that somebody ran into", ("limit",))
         self._restarts = _Tally("gatehouse_postgres_restarts", "Restarts of the embedded PostgreSQL after a crash", ())
         self._loops = _Tally("gatehouse_loop_restarts", "Loops of this process that failed and were started again", ())
-        for tally in (self._uplinks, self._limits, self._restarts, self._loops, self._answers):
+        for tally in (
+            self._auth, self._closed, self._uplinks, self._limits, self._restarts, self._loops, self._answers,
+        ):  # fmt: skip
             registry.register(tally)
         self._restarts.add((), 0)
         self._loops.add((), 0)
         # A series that exists only after its first event cannot be alerted on: rate() needs the zero before it.
         for transport in (Transport.HTTPS, Transport.MQTT, Transport.COAP):
             for outcome in AuthOutcome:
-                self._auth.labels(transport.value, outcome.value)
+                self._auth.add((transport.value, outcome.value), 0)
             for stored in UplinkOutcome:
                 self._uplinks.add((transport.value, stored.value), 0)
             for claim in ClaimOutcome:
@@ -91,11 +89,11 @@ class Metrics:
 
     def auth_attempted(self, transport: Transport, outcome: AuthOutcome) -> None:
         """Count one admission, resumed connections included."""
-        self._auth.labels(transport.value, outcome.value).inc()
+        self._auth.add((transport.value, outcome.value), 1)
 
     def session_closed(self, transport: Transport, reason: CloseReason) -> None:
         """Count one session that ended."""
-        self._closed.labels(transport.value, reason.value).inc()
+        self._closed.add((transport.value, reason.value), 1)
 
     def revocation_torn_down(self, seconds: float) -> None:
         """Note how long this node took to close every session of one revocation."""

@@ -57,14 +57,14 @@ class SealContext:
 
     def associated_data(self) -> bytes:
         """An unambiguous encoding: each part is preceded by its length."""
-        parts = (self.purpose, self.owner, self.object_id, str(self.version))
-        return b"gatehouse seal 1" + b"".join(len(p.encode()).to_bytes(4, "big") + p.encode() for p in parts)
+        parts = [part.encode() for part in (self.purpose, self.owner, self.object_id, str(self.version))]
+        return b"gatehouse seal 1" + b"".join([len(part).to_bytes(4, "big") + part for part in parts])
 
 
 class KeyRing:
     """The key-encryption keys by id, one of them active."""
 
-    __slots__ = ("_active", "_keys", "_random", "_read_again")
+    __slots__ = ("_active", "_ciphers", "_keys", "_random", "_read_again")
 
     def __init__(
         self,
@@ -81,8 +81,7 @@ class KeyRing:
                 raise KeyRingError(f"key {key_id!r} has {len(key.reveal())} bytes; a key has {KEY_BYTES}")
             if not 1 <= len(key_id.encode()) <= _MAX_KEY_ID:
                 raise KeyRingError(f"a key id has 1 to {_MAX_KEY_ID} bytes")
-        self._keys = MappingProxyType(dict(keys))
-        self._active = active
+        self._hold(keys, active)
         self._random = random
         self._read_again = read_again
 
@@ -106,30 +105,28 @@ class KeyRing:
         latest = self._read_again() if self._read_again is not None else None
         if latest is None:
             return False
-        self._keys = MappingProxyType({**self._keys, **latest._keys})
-        self._active = latest._active
+        self._hold({**self._keys, **latest._keys}, latest._active)
         return True
 
     def seal(self, value: Secret[bytes], context: SealContext) -> bytes:
         """The value, readable again only with this ring and this context."""
-        nonce = self._random(NONCE_BYTES)
-        sealed = AESGCM(self._keys[self._active].reveal()).encrypt(nonce, value.reveal(), context.associated_data())
-        return key_prefix(self._active) + nonce + sealed
+        nonce, prefix = self._random(NONCE_BYTES), key_prefix(self._active)
+        return prefix + nonce + self._ciphers[prefix].encrypt(nonce, value.reveal(), context.associated_data())
 
     def open(self, sealed: bytes, context: SealContext) -> Secret[bytes]:
         """The value that was sealed in this context. Raises SealBroken, always with the same few words."""
         if len(sealed) < 2 or sealed[0] != _FORMAT:
             raise SealBroken("not a sealed value")
         end = 2 + sealed[1]
-        key_id = sealed[2:end].decode("utf-8", "replace")
-        key = self._keys.get(key_id)
-        if key is None and self.refresh():
-            key = self._keys.get(key_id)
-        if key is None:
+        prefix = sealed[:end]
+        cipher = self._ciphers.get(prefix)
+        if cipher is None and self.refresh():
+            cipher = self._ciphers.get(prefix)
+        if cipher is None:
             raise SealBroken("sealed under a key that this ring does not have")
         nonce, box = sealed[end : end + NONCE_BYTES], sealed[end + NONCE_BYTES :]
         try:
-            return Secret(AESGCM(key.reveal()).decrypt(nonce, box, context.associated_data()))
+            return Secret(cipher.decrypt(nonce, box, context.associated_data()))
         except (InvalidTag, ValueError):
             raise SealBroken("the sealed value is damaged or belongs elsewhere") from None
 
@@ -161,6 +158,12 @@ class KeyRing:
         if key_id not in self._keys:
             raise KeyRingError(f"the ring has no key {key_id!r}")
         return KeyRing({i: k for i, k in self._keys.items() if i != key_id}, self._active, self._random)
+
+    def _hold(self, keys: Mapping[str, Secret[bytes]], active: str) -> None:
+        self._keys = MappingProxyType(dict(keys))
+        self._active = active
+        # By what values under the key begin with. Made once: to make one takes longer than to open a value with it.
+        self._ciphers = {key_prefix(key_id): AESGCM(key.reveal()) for key_id, key in keys.items()}
 
     def to_json(self) -> Secret[str]:
         """The file's content."""

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 
+import msgspec
 from asyncpg import Record
 
 from registry.model import CredentialId, CredentialKind, DeviceId, DeviceStatus, TenantId
 from registry.storage.database import Connection
 
 
-@dataclass(frozen=True, slots=True)
-class CredentialState:
-    """All that decides whether a credential admits, as the database has it now."""
+class CredentialState(msgspec.Struct, frozen=True, gc=False):
+    """All that decides whether a credential admits, as the database has it now.
 
+    Two are made for each admission: a Struct costs a tenth of a frozen dataclass, and is in no cycle.
+    """
+
+    kind: CredentialKind
+    device_status: DeviceStatus
     tenant_id: TenantId
     device_id: DeviceId
     credential_id: CredentialId
-    kind: CredentialKind
     lookup: bytes
     sealed_key: bytes | None
     version: int
@@ -27,14 +31,16 @@ class CredentialState:
     expires_at: datetime | None
     revoked_at: datetime | None
     first_used_at: datetime | None
-    device_status: DeviceStatus
     gateway_id: DeviceId | None
 
 
 _COLUMNS = """
-    c.tenant_id, c.device_id, c.credential_id, c.kind, c.lookup, c.sealed_key, c.version, c.not_before, c.expires_at,
-    c.revoked_at, c.first_used_at, d.status AS device_status, d.gateway_id
+    c.kind, d.status, c.tenant_id, c.device_id, c.credential_id, c.lookup, c.sealed_key, c.version, c.not_before,
+    c.expires_at, c.revoked_at, c.first_used_at, d.gateway_id
 """
+"""In the order of CredentialState's fields."""
+_KINDS = MappingProxyType({kind.value: kind for kind in CredentialKind})
+_STATUSES = MappingProxyType({status.value: status for status in DeviceStatus})
 
 
 async def by_lookup(
@@ -70,7 +76,7 @@ async def by_id(connection: Connection, wanted: Sequence[CredentialId]) -> dict[
         """,  # noqa: S608  # the columns are a constant of this file
         list(wanted),
     )
-    return {row["credential_id"]: _state(row) for row in rows}
+    return {state.credential_id: state for state in map(_state, rows)}
 
 
 async def tenants_of(connection: Connection, wanted: Sequence[DeviceId]) -> dict[DeviceId, TenantId]:
@@ -80,18 +86,5 @@ async def tenants_of(connection: Connection, wanted: Sequence[DeviceId]) -> dict
 
 
 def _state(row: Record) -> CredentialState:
-    return CredentialState(
-        tenant_id=row["tenant_id"],
-        device_id=row["device_id"],
-        credential_id=row["credential_id"],
-        kind=CredentialKind(row["kind"]),
-        lookup=row["lookup"],
-        sealed_key=row["sealed_key"],
-        version=row["version"],
-        not_before=row["not_before"],
-        expires_at=row["expires_at"],
-        revoked_at=row["revoked_at"],
-        first_used_at=row["first_used_at"],
-        device_status=DeviceStatus(row["device_status"]),
-        gateway_id=row["gateway_id"],
-    )
+    kind, status, *others = row
+    return CredentialState(_KINDS[kind], _STATUSES[status], *others)

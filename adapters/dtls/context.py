@@ -89,7 +89,7 @@ class DtlsContext:
     def connection(self, mtu: int, *, has_psk: bool) -> SSL.Connection:
         """A fresh server-side connection over memory buffers, whose flights fit into UDP payloads of `mtu` bytes.
 
-        `has_psk`: the client offers a suite with a pre-shared key (records.offers_psk).
+        `has_psk`: the client offers a suite with a pre-shared key (records.psk_suite).
         """
         keys, certificates = self._contexts
         connection = SSL.Connection(keys if has_psk else certificates)

@@ -50,7 +50,8 @@ from typing import Any, Final, assert_never
 from adapters.dtls.admission import Drop, DtlsCounters, DtlsLimits, GiveWay, Ledger, Place
 from adapters.dtls.context import DtlsContext
 from adapters.dtls.cookie import CookieJar
-from adapters.dtls.engine import DtlsEngine, End, Ended, Established, Event, IdentityNeeded, Received
+from adapters.dtls.engine import DtlsEngine, Ended, Established, Event, Received
+from adapters.dtls.handshake import End, IdentityNeeded
 from adapters.dtls.ports import Application, CertificateProven, NothingProven, Proof, PskKey, PskProven
 from adapters.dtls.records import (
     ALERT_PROTOCOL_VERSION,

@@ -14,6 +14,7 @@ whoever sent it, the cookie decides that.
 
 from __future__ import annotations
 
+from struct import unpack_from
 from typing import Final
 
 import msgspec
@@ -29,12 +30,16 @@ CLIENT_KEY_EXCHANGE: Final = 16
 RECORD_HEADER: Final = 13
 MESSAGE_HEADER: Final = 12
 
-ALERT_BAD_RECORD_MAC: Final = 20
+ALERT_BAD_RECORD_MAC: Final = 20  # RFC 5246 §7.2
+ALERT_HANDSHAKE_FAILURE: Final = 40
+ALERT_ILLEGAL_PARAMETER: Final = 47
+ALERT_DECODE_ERROR: Final = 50
+ALERT_DECRYPT_ERROR: Final = 51
 ALERT_PROTOCOL_VERSION: Final = 70
 ALERT_INTERNAL_ERROR: Final = 80
 
+DTLS_12: Final = b"\xfe\xfd"
 _DTLS_10: Final = b"\xfe\xff"
-_DTLS_12: Final = b"\xfe\xfd"
 _RANDOM: Final = 32
 _LAST_HELLO: Final = 2  # the first ClientHello has number 0, the one with the cookie 1, or 2 after a second cookie
 
@@ -71,6 +76,15 @@ class ClientHello(msgspec.Struct, frozen=True, gc=False):
     cookie: bytes
     parameters: bytes
     """What a client repeats in its second ClientHello (RFC 6347 §4.2.1): all up to the extensions, but the cookie."""
+    extensions: bytes
+    """All that follows, unread."""
+
+
+class Offer(msgspec.Struct, frozen=True, gc=False):
+    """What a ClientHello offers, in the client's order."""
+
+    suites: tuple[int, ...]
+    compressions: bytes
 
 
 def split_records(datagram: bytes) -> list[Record]:
@@ -126,16 +140,50 @@ def read_client_hello(datagram: bytes) -> ClientHello | None:
         random=body[2:session_id],
         cookie=body[cookie + 1 : suites],
         parameters=body[:cookie] + body[suites:after],
+        extensions=body[after:],
     )
 
 
-def offers_psk(hello: ClientHello) -> bool:
-    """Whether one of our suites with a pre-shared key is among those that the client offers."""
+def read_offer(hello: ClientHello) -> Offer | None:
+    """The suites and compression methods of a ClientHello; None where half a suite is among them, or no method."""
+    parameters = hello.parameters
     at = 2 + _RANDOM
-    at += 1 + hello.parameters[at]
-    end = at + 2 + int.from_bytes(hello.parameters[at : at + 2], "big")
-    offered = (int.from_bytes(hello.parameters[i : i + 2], "big") for i in range(at + 2, end, 2))
-    return not PSK_SUITES.isdisjoint(offered)
+    at += 1 + parameters[at]
+    size = parameters[at] << 8 | parameters[at + 1]
+    at += 2
+    if size % 2 or len(parameters) == at + size + 1:
+        return None
+    return Offer(unpack_from(f">{size // 2}H", parameters, at), parameters[at + size + 1 :])
+
+
+def psk_suite(hello: ClientHello) -> int | None:
+    """The suite that is agreed on with a client that has a pre-shared key: the first of ours, in the client's order.
+
+    None for a client that offers none of them.
+    """
+    offer = read_offer(hello)
+    if offer is None:
+        return None
+    return next((suite for suite in offer.suites if suite in PSK_SUITES), None)
+
+
+def read_extensions(hello: ClientHello) -> dict[int, bytes] | None:
+    """The extensions by their types (RFC 5246 §7.4.1.4); None where they do not fit, or one is there twice."""
+    data = hello.extensions
+    if not data:
+        return {}
+    end = len(data)
+    if end < 2 or (data[0] << 8 | data[1]) != end - 2:
+        return None
+    found: dict[int, bytes] = {}
+    at = 2
+    while at + 4 <= end:
+        kind, size = data[at] << 8 | data[at + 1], data[at + 2] << 8 | data[at + 3]
+        at += 4 + size
+        if at > end or kind in found:
+            return None
+        found[kind] = data[at - size : at]
+    return found if at == end else None
 
 
 def _skip(body: bytes, at: int | None, width: int) -> int | None:
@@ -158,9 +206,22 @@ def hello_verify_request(hello: ClientHello, cookie: bytes) -> bytes:
     return bytes((HANDSHAKE,)) + _DTLS_10 + hello.record[3:11] + len(message).to_bytes(2, "big") + message
 
 
+def handshake_message(kind: int, number: int, body: bytes) -> bytes:
+    """A whole message: what is hashed, and what is sent where it fits into one record (RFC 6347 §4.2.2)."""
+    length = len(body).to_bytes(3, "big")
+    return b"".join((kind.to_bytes(1, "big"), length, number.to_bytes(2, "big"), b"\0\0\0", length, body))
+
+
+def plaintext_record(content: int, sequence: int, fragment: bytes) -> bytes:
+    """Record number `sequence` of epoch 0."""
+    return b"".join(
+        (content.to_bytes(1, "big"), DTLS_12, sequence.to_bytes(8, "big"), len(fragment).to_bytes(2, "big"), fragment)
+    )
+
+
 def plaintext_alert(description: int, sequence: int) -> bytes:
     """A fatal alert under no key, as record number `sequence` of epoch 0."""
-    return bytes((ALERT,)) + _DTLS_12 + b"\0\0" + sequence.to_bytes(6, "big") + b"\0\x02\x02" + bytes((description,))
+    return plaintext_record(ALERT, sequence, bytes((2, description)))
 
 
 def chosen_suite(flight: bytes) -> int | None:
@@ -201,7 +262,7 @@ class IdentityReader:
 
     def __init__(self, message_seq: int) -> None:
         self._message_seq = message_seq.to_bytes(2, "big")
-        self._body: bytearray | None = None
+        self._body: bytes | bytearray | None = None
         self._missing: bytearray | None = None
         self.complete = False
 
@@ -217,6 +278,11 @@ class IdentityReader:
             if header[0] == CLIENT_KEY_EXCHANGE and header[4:6] == self._message_seq:
                 self._take(int.from_bytes(header[1:4], "big"), int.from_bytes(header[6:9], "big"), fragment[start:at])
 
+    @property
+    def body(self) -> bytes:
+        """The complete message, without its header."""
+        return bytes(self._body or b"")
+
     def identity(self) -> bytes | None:
         """The identity of a complete message; None when the message does not have that shape."""
         body = self._body
@@ -228,7 +294,10 @@ class IdentityReader:
     def _take(self, length: int, offset: int, part: bytes) -> None:
         if self.complete or length > _KEY_EXCHANGE_ROOM or offset + len(part) > length:
             return
-        if self._body is None or self._missing is None:
+        if len(part) == length and self._body is None:
+            self._body, self.complete = part, True
+            return
+        if not isinstance(self._body, bytearray) or self._missing is None:
             self._body, self._missing = bytearray(length), bytearray(b"\1" * length)
         if len(self._body) != length:
             return

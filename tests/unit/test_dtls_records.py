@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from adapters.dtls.cookie import CookieJar
 from adapters.dtls.records import (
+    PSK_SUITES,
     IdentityReader,
     agreed_fragment,
     chosen_suite,
     hello_verify_request,
     is_client_hello,
-    offers_psk,
     plaintext_alert,
+    psk_suite,
     read_client_hello,
     split_records,
 )
@@ -80,7 +81,7 @@ def test_random_bytes_are_nothing_and_raise_nothing(data: bytes) -> None:
     for candidate in (data, b"\x16\xfe\xfd\0\0" + data, b"\x16\xfe\xff\0\0\0\0\0\0\0\0\0\x50\x01" + data):
         is_client_hello(candidate)
         read = read_client_hello(candidate)
-        assert read is None or offers_psk(read) in (True, False)
+        assert read is None or psk_suite(read) is None or psk_suite(read) in PSK_SUITES
         chosen_suite(candidate)
         assert agreed_fragment(candidate) in (None, 512, 1024, 2048, 4096)
         for record in split_records(candidate):
@@ -98,7 +99,7 @@ def test_flipped_bytes_of_a_hello_raise_nothing(seed: int, data: st.DataObject) 
     for _ in range(data.draw(st.integers(1, 5))):
         spoilt[data.draw(st.integers(0, len(spoilt) - 1))] = seed % 256
     read = read_client_hello(bytes(spoilt))
-    assert read is None or offers_psk(read) in (True, False)
+    assert read is None or psk_suite(read) is None or psk_suite(read) in PSK_SUITES
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_a_client_that_offers_a_key_is_known_by_its_hello(suites: bytes, is_offe
     [datagram] = Client(psk_client_context(suites=suites)).step()
     read = read_client_hello(datagram)
     assert read is not None
-    assert offers_psk(read) is is_offered
+    assert (psk_suite(read) is not None) is is_offered
 
 
 def server_hello(extensions: bytes, session_id: bytes = b"") -> bytes:

@@ -600,7 +600,7 @@ class DeviceRole:
         if not await self.owner.speaks_for(self.session, target.device_id):
             self._forbidden(receipt, self.server.now())
             return
-        if self._revoked:  # revoked while we asked
+        if self.revoked:  # revoked while we asked
             return
         source = source_of(self.session, target.device_id)
         match target:
@@ -666,7 +666,7 @@ class DeviceRole:
             self._full(receipt, attempt, now)
 
     def _submit_brokered(self, receipt: Receipt, message: Message) -> bool:
-        if self._revoked:  # revoked while it waited: nothing of it is stored, and the connection is being closed
+        if self.revoked:  # revoked while it waited: nothing of it is stored, and the connection is being closed
             return True
         if not may_publish(self.grants, tuple(message.topic.split("/")), self.own):  # its grant went while it waited
             self._forbidden(receipt, self.server.now())
@@ -679,7 +679,7 @@ class DeviceRole:
         return True
 
     def _submit(self, receipt: Receipt, uplink: NewUplink) -> bool:
-        if self._revoked:  # as above
+        if self.revoked:  # as above
             return True
         try:
             future = self.registry.uplinks.submit(uplink)
@@ -725,7 +725,9 @@ class DeviceRole:
             self._waiting.pop(0)
 
     @property
-    def _revoked(self) -> bool:
+    def revoked(self) -> bool:
+        """Whether the registry closed the session before its connection ended: nothing that it sent is kept or passed
+        on any more."""
         return self.session.closed and not self._left
 
     # What became of a message ---------------------------------------------------------------------------------------

@@ -6,17 +6,21 @@ import asyncio
 from collections.abc import Iterator
 from unittest import mock
 
+import pytest
+
 from adapters.mqtt import broker as brokers
 from adapters.mqtt.broker import Broker
 from adapters.mqtt.fan_out import FanOut
 from adapters.mqtt.peer import Peer
 from adapters.mqtt.wire import encode
-from adapters.mqtt.wire_packets import Publish, QoS
+from adapters.mqtt.wire_packets import Ping, Publish, QoS
+from adapters.mqtt.wire_reasons import PacketType
 from registry.model import TenantId
 from registry.pacing import TURN
 from tests.http_api import Api, api
 from tests.mqtt_devices import devices
 from tests.mqtt_server import serving_mqtt
+from tests.nodes import until
 
 __all__ = ["api"]
 
@@ -75,6 +79,41 @@ async def test_messages_of_qos_0_keep_their_order_at_once_and_in_line(api: Api) 
             )
             heard = [await first.packet() for _ in range(90)]
         assert [each.payload for each in heard if isinstance(each, Publish)] == [b"%d" % n for n in range(90)]
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+async def test_what_waits_in_line_is_planned_in_its_turn_and_not_for_who_was_revoked(api: Api, revoked: bool) -> None:
+    """A plan names every receiver: those of all that waits would be receivers times publishers times their windows."""
+    waits = True
+
+    def until_told() -> Iterator[None]:
+        while waits:
+            yield
+
+    async with serving_mqtt(api) as mqtt, mqtt.client() as subscriber, mqtt.client() as sender:
+        one, two = await devices(mqtt, 2)
+        await subscriber.connect(two, client_id="s")
+        await subscriber.subscribe("site/#", qos=QoS.AT_MOST_ONCE)
+        await sender.connect(one, client_id="p")
+        (role,) = (role for key, role in mqtt.server.devices.by_key.items() if key[2] == "p")
+        broker = mqtt.server.broker
+        broker._fan_out.put(role.tenant_id, until_told(), lambda: None)
+        with mock.patch.object(broker, "_planned", side_effect=broker._planned) as planned:
+            try:
+                for number in range(20):
+                    await sender.publish("site/a", b"%d" % number, QoS.AT_MOST_ONCE)
+                await until(lambda: role.peer.machine._unanswered == 20)
+                assert planned.call_count == 0
+                role.session.closed = revoked  # as the registry does before it closes the connection
+            finally:
+                waits = False
+            await until(lambda: role.peer.machine._unanswered == 0)
+            assert planned.call_count == (0 if revoked else 20)
+        await subscriber.send(Ping(PacketType.PINGREQ))
+        while not isinstance(await subscriber.packet(), Ping):
+            pass
+    heard = [each.payload for each in subscriber.received if isinstance(each, Publish)]
+    assert heard == ([] if revoked else [b"%d" % number for number in range(20)])
 
 
 async def test_receivers_take_of_their_publishers_turn(api: Api) -> None:

@@ -21,10 +21,11 @@ import asyncio
 import heapq
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
-from uuid import uuid4
+
+from msgspec.structs import replace
 
 from registry.errors import ResourceExhausted, Unauthenticated, Unavailable
 from registry.model import (
@@ -40,6 +41,7 @@ from registry.model import (
 )
 from registry.observation import NOBODY, AuthOutcome, CloseReason, Limit, Observer
 from registry.resolver import Resolver
+from registry.storage.identifiers import random_uuid
 
 _SWEPT_AT_ONCE = 2000
 _CLOSING_AT_ONCE = 500
@@ -271,13 +273,15 @@ class SessionTable:
     async def _open(self, identity: Identity, contact: Contact, closer: Closer) -> Session:
         self._check_room(identity)
         loop = asyncio.get_running_loop()
-        session = Session(SessionId(uuid4()), identity, contact, self._clock(), closer, last_active=loop.time())
+        session = Session(SessionId(random_uuid()), identity, contact, self._clock(), closer, last_active=loop.time())
         self._insert(session)
         try:
             confirmed = await self._resolver.recheck(identity, contact)
             # A sweep may have shortened the pending session's life after this reading: the earlier end holds.
-            ends = [e for e in (confirmed.expires_at, session.identity.expires_at) if e is not None]
-            session.identity = replace(confirmed, expires_at=min(ends, default=None))
+            swept = session.identity.expires_at
+            if swept is not None and (confirmed.expires_at is None or swept < confirmed.expires_at):
+                confirmed = replace(confirmed, expires_at=swept)
+            session.identity = confirmed
             if session.closed:
                 raise Unauthenticated("revoked while the session was being opened")
         except BaseException:

@@ -37,11 +37,12 @@ looks at `gone`. What can be lost: nothing.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, assert_never
-from uuid import uuid4
+from secrets import token_hex
+from typing import TYPE_CHECKING, Final, assert_never
 
 from adapters.coap.endpoint import CoapEndpoint
 from adapters.coap.errors import error_response
@@ -95,6 +96,9 @@ class Claimant:
 
 Role = Device | Renewer | Claimant
 
+_TIMER_STEP: Final = 0.001
+"""Seconds: the loop's time has whole milliseconds, so that a timer may be that much too early."""
+
 _Pool = dict[str, "list[Guest]"]
 """Claimants by address block, oldest first."""
 
@@ -119,6 +123,8 @@ class Admission:
         self._anonymous: _Pool = {}
         self._proven: _Pool = {}
         self._attempts = RateLimiter(limits.provisioning_attempts_per_second, limits.provisioning_attempts_burst)
+        self._nobodies: OrderedDict[Guest, None] = OrderedDict()  # no devices, or not yet, in the order of their ends
+        self._ender: asyncio.TimerHandle | None = None
 
     @property
     def claimants(self) -> int:
@@ -165,8 +171,15 @@ class Admission:
             self.counters.provisioning_attempts += 1
             raise ResourceExhausted("this address has sent too many provisioning attempts", retry_after=wait)
 
+    def expect(self, guest: Guest) -> None:
+        """Close it at its `until`, unless it turns out to be a device, whose session ends it, or is gone by then."""
+        self._nobodies[guest] = None
+        if self._ender is None:
+            self._ender = self._loop.call_at(guest.until, self._end_nobodies)
+
     def leave(self, guest: Guest) -> None:
         """An association is gone."""
+        self._nobodies.pop(guest, None)
         role = guest.role
         match role:
             case Device(session):
@@ -183,6 +196,17 @@ class Admission:
             case _:
                 assert_never(role)
 
+    def _end_nobodies(self) -> None:
+        """Close those whose time is over. One timer is for all, since nearly all are devices long before that."""
+        due = self._loop.time() + _TIMER_STEP
+        try:
+            while self._nobodies and (guest := next(iter(self._nobodies))).until <= due:
+                del self._nobodies[guest]
+                guest.close_now()
+        finally:  # one that fails keeps nobody else
+            first = next(iter(self._nobodies), None)
+            self._ender = None if first is None else self._loop.call_at(first.until, self._end_nobodies)
+
     # -- verdicts --------------------------------------------------------------------------------------------------
 
     async def _certificate(self, guest: Guest, der: bytes, contact: Contact) -> Role:
@@ -194,6 +218,7 @@ class Admission:
 
     async def _open(self, guest: Guest, identity: Identity, contact: Contact) -> Role:
         session = await self.registry.sessions.open(identity, contact, guest)
+        self._nobodies.pop(guest, None)
         held = self._devices.setdefault(session.device_id, [])
         held.append(guest)
         if len(held) > self.limits.associations_per_device:
@@ -259,8 +284,9 @@ class Guest:
         self._peer.context = self
         self._end: asyncio.TimerHandle | None = None
         self._deciding: asyncio.Task[Role | RegistryError] | None = None
-        self._until = self._loop.time() + admission.limits.provisioning_seconds
-        self.stay()  # unless it turns out to be a device, whose session ends it
+        self.until = self._loop.time() + admission.limits.provisioning_seconds
+        """Loop time at which it is closed if it is nobody."""
+        admission.expect(self)
         self._decide()
 
     @property
@@ -286,16 +312,14 @@ class Guest:
         """Close it then, or earlier if that was said before."""
         at = self._loop.time() + seconds
         if self._end is None or at < self._end.when():
-            self._end_at(at)
+            self.stay()
+            self._end = self._loop.call_at(at, self.close_now)
 
     def stay(self) -> None:
-        """Close it when the time of one that is nobody is over, whatever was said before."""
-        self._end_at(self._until)
-
-    def _end_at(self, at: float) -> None:
+        """Take back what `end_in` said: it has the time of one that is nobody, or a session that ends it."""
         if self._end is not None:
             self._end.cancel()
-        self._end = self._loop.call_at(at, self.close_now)
+            self._end = None
 
     def close_now(self) -> None:
         """Say close_notify and forget the peer. Idempotent."""
@@ -308,8 +332,7 @@ class Guest:
         if self.gone:
             return
         self.gone = True
-        if self._end is not None:
-            self._end.cancel()
+        self.stay()
         self._left(self)
         self._endpoint.close(self.association.association_id)
         self._admission.leave(self)
@@ -347,9 +370,8 @@ class Guest:
             self._endpoint.admit(self._peer, known=False)
             return error
         self.role = role
-        if isinstance(role, Device) and self._end is not None:
-            self._end.cancel()
-            self._end = None
+        if isinstance(role, Device):
+            self.stay()
             self.association.keep()
         if self.gone:  # it left while it was being admitted
             admission.leave(self)
@@ -368,7 +390,7 @@ def _contact_of(association: Association) -> Contact:
 
 
 def _contact(address: str) -> Contact:
-    return Contact(Transport.COAP, address, uuid4().hex)
+    return Contact(Transport.COAP, address, token_hex(16))
 
 
 def _has_ended(der: bytes, registry: Registry) -> bool:

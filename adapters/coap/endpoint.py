@@ -193,7 +193,8 @@ class CoapEndpoint:
         peer._held.clear()
         self.counters.peers -= 1
         peer._machine.close()
-        self._work(peer, self._now())
+        if peer._observations or self._quiet is not None:  # somebody is owed word of it
+            self._work(peer, self._now())
 
     # Admission --------------------------------------------------------------------------------------------------------
 
@@ -205,6 +206,8 @@ class CoapEndpoint:
         if peer.state is not PeerState.HELD:
             return
         peer.state = PeerState.SERVING
+        if not peer._held:
+            return
         held, peer._held = peer._held, []
         now = self._now()
         for event in held:

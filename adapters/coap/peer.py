@@ -122,7 +122,7 @@ class PeerMachine:
         self._memory = memory
         self._limits = memory.limits
         self._random = random
-        self._message_id = random.randrange(0x10000)
+        self._message_id = random.getrandbits(16)
         self._number = 0
         self._sequence = 0  # one for all observations, so that a token that is used again still counts up
         self._table = Table(known)

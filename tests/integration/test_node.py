@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 from uuid import uuid4
 
 import asyncpg
 import pytest
+from msgspec.structs import replace
 
 from registry.events import TEARDOWN, EventKind
-from registry.model import DeviceId, PskIdentity, SessionId, TenantId
+from registry.model import DeviceId, Identity, PskIdentity, SessionId, TenantId
 from registry.sealing import KeyRing, SealContext
 from registry.secrets import Secret
 from registry.storage import events, nodes
@@ -248,8 +248,8 @@ async def until_seen(node: TestNode, tenant_id: TenantId, wanted: set[SessionId]
             await asyncio.sleep(0.02)
 
 
-def _expiring(identity: object) -> object:
-    return replace(identity, expires_at=now() - timedelta(milliseconds=1))  # type: ignore[type-var]
+def _expiring(identity: Identity) -> Identity:
+    return replace(identity, expires_at=now() - timedelta(milliseconds=1))
 
 
 async def test_a_connection_that_nobody_waits_for_any_more_is_closed(

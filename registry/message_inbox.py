@@ -60,6 +60,7 @@ class MessageInbox:
         self._node_id = node_id
         self._router = router
         self._wake = asyncio.Event()
+        self._poll_at = 0.0
         self._held_back: set[StoredSessionId] = set()
         self._undeleted: set[int] = set()
         self._taking = asyncio.Lock()
@@ -111,12 +112,17 @@ class MessageInbox:
             self._wake.set()
 
     async def wait(self) -> None:
-        """Until somebody wakes us, or the poll is due; then what was held back is tried again."""
+        """Until somebody wakes us, or the poll is due. What was held back is tried again once in each poll's time, also
+        where somebody always wakes us before: not all that makes room says so, and nothing is to be kept for ever."""
         try:
-            async with asyncio.timeout(POLL_SECONDS):
+            async with asyncio.timeout_at(self._poll_at):
                 await self._wake.wait()
         except TimeoutError:
+            pass
+        now = asyncio.get_running_loop().time()
+        if now >= self._poll_at:
             self._held_back.clear()
+            self._poll_at = now + POLL_SECONDS
         self._wake.clear()
 
     async def pull(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from registry import message_inbox
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import Message, Ownership, Publication, Routing, SessionKey, StoredSessionId
 from registry.model import DeviceId, NodeId, TenantId
@@ -159,6 +160,33 @@ async def test_nothing_overtakes_what_waited_for_room_when_there_is_room_again(
     assert served.payloads == [b"0"]
     await publish(broker, key, b"3")
     assert served.payloads == [b"0", b"1", b"2", b"3"]
+
+
+async def test_what_waited_for_room_is_tried_again_however_busy_the_inbox_is(
+    broker: Broker, other: Broker, key: SessionKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room that nobody tells of, as when a reserved packet id is given back."""
+    monkeypatch.setattr(message_inbox, "POLL_SECONDS", 0.05)
+    served = await served_by(broker, key)
+    inbox = broker.messaging._inbox
+
+    async def wake_often() -> None:
+        while True:
+            inbox.wake()
+            await asyncio.sleep(0.002)
+
+    running, waking = asyncio.create_task(broker.messaging.run()), asyncio.create_task(wake_often())
+    try:
+        served.full = True
+        await publish(other, key, b"0")
+        await until(lambda: served.ownership.session_id in inbox._held_back)
+        served.full = False
+        await until(partial(has, served, 1))
+        assert not inbox._held_back
+    finally:
+        for task in (running, waking):
+            task.cancel()
+        await asyncio.wait([running, waking])
 
 
 async def test_nothing_overtakes_what_another_node_accepted_before(

@@ -85,7 +85,8 @@ class Teardown:
         self._observer = observer
 
     async def complete(self, ended: Ended) -> Receipt:
-        """Close the sessions of what a committed transaction ended, on all nodes; bounded by RECEIPT_SECONDS."""
+        """Close the sessions of what a committed transaction ended, on all nodes; bounded by RECEIPT_SECONDS, here and
+        for the others."""
         scope = Scope(ended.tenant_id, ended.device_id, ended.credential_id, ended.session_id)
         if ended.device_id is not None:
             self._resolver.forget(ended.device_id)
@@ -174,10 +175,13 @@ class Teardown:
 
     async def _close(self, scope: Scope, reason: str, age_seconds: float) -> list[ClosedSession]:
         started = time.monotonic()
-        doomed: list[Session] = []
-        closed: list[ClosedSession] = []
-        # Who was admitted before the commit may enter the table meanwhile, to be refused at its second reading.
-        while found := self._sessions.matching(scope):
+        doomed = self._sessions.matching(scope)
+        closed = await self._sessions.close(doomed, reason, age_seconds=age_seconds)
+        # Who was admitted before the commit may enter the table meanwhile, to be refused at its second reading. Who is
+        # live by now has passed that: its device was let in again, and may come and go for ever.
+        while found := [s for s in self._sessions.matching(scope) if not s.live]:
+            if time.monotonic() - started >= RECEIPT_SECONDS:
+                break
             doomed += found
             closed += await self._sessions.close(found, reason, age_seconds=age_seconds)
         if closed:

@@ -11,11 +11,12 @@ from registry import secrets
 from registry.errors import Unauthenticated, Unavailable
 from registry.feed import CHANNEL, Feed, NodeBusy
 from registry.model import ApiKey, DeviceId, NodeId, TenantId
+from registry.ports import Ended
 from registry.sealing import KeyRing
-from registry.sessions import Scope
+from registry.sessions import Scope, Session
 from registry.storage import admission, events
 from registry.storage.database import Database
-from tests.nodes import WatchedCloser, closed_sessions, issue_key, note_event, revoke, running_node, until
+from tests.nodes import WatchedCloser, closed_sessions, issue_key, note_event, now, revoke, running_node, until
 
 RING = KeyRing.generate()
 
@@ -183,6 +184,26 @@ async def test_who_enters_the_table_while_others_are_closed_is_closed_too_and_no
         assert not a.sessions.matching(Scope(tenant_id, device_id, credential_id, None))
         late[0].cancel()
         await asyncio.gather(*late, return_exceptions=True)
+
+
+async def test_a_device_that_was_let_in_again_is_not_closed_for_an_end_that_is_over(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    """Set inactive and active again before its sessions were closed, it comes back at once, and each time."""
+    _, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING) as a:
+        opened: list[Session] = []
+
+        class ComesBack(WatchedCloser):
+            async def close(self, reason: str) -> None:
+                if len(opened) < 20:
+                    opened.append((await a.connect(key, ComesBack()))[0])
+
+        first, _ = await a.connect(key, ComesBack())
+        seq = await note_event(database, tenant_id, device_id)
+        receipt = await a.teardown.complete(Ended(seq, tenant_id, now(), device_id=device_id, reason="device inactive"))
+        assert closed_sessions(receipt) == {str(first.session_id)}
+        assert [session.live for session in opened] == [True]
 
 
 async def test_opening_reads_the_credential_again_after_the_session_is_in_the_table(

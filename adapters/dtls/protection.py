@@ -83,6 +83,10 @@ PLAIN_PSK_SUITES: Final = {0x00A8: _GCM, 0x00A9: _GCM256, 0xC0A4: _CCM, 0xC0A8: 
 """The suites of plain PSK, by their numbers (RFC 5487 §3.1, RFC 6655 §3)."""
 
 OPENSSL_SUITES: Final = {
+    "PSK-AES128-GCM-SHA256": _GCM,  # behind ECDHE with a curve that we do not have
+    "PSK-AES256-GCM-SHA384": _GCM256,
+    "PSK-AES128-CCM": _CCM,
+    "PSK-AES128-CCM8": _CCM8,
     "ECDHE-PSK-CHACHA20-POLY1305": _CHACHA,
     "ECDHE-ECDSA-AES128-CCM8": _CCM8,
     "ECDHE-ECDSA-AES128-CCM": _CCM,

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from cryptography.hazmat.bindings.openssl.binding import Binding
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -16,6 +17,7 @@ from adapters.dtls.engine import DtlsEngine, Ended, Established, Event, Received
 from adapters.dtls.handshake import End, IdentityNeeded
 from adapters.dtls.openssl_handshake import OpensslHandshake
 from adapters.dtls.ports import CertificateProven, NothingProven, PskKey, PskProven
+from adapters.dtls.protection import OPENSSL_SUITES
 from adapters.dtls.records import hello_verify_request, read_client_hello, split_records
 from registry.secrets import Secret
 from tests.dtls_peers import KEY, Client, certificate_client_context, make_client_certificate, psk_client_context
@@ -116,6 +118,28 @@ def test_who_offers_a_key_is_asked_for_it_even_if_certificates_come_first(creden
     assert server.events == [IdentityNeeded(b"device-1")]
     server.key()
     assert server.last == Established(PskProven(b"device-1", "the offer"))
+
+
+@pytest.mark.parametrize("suite", SUITES[:-1], ids=bytes.decode)
+def test_a_client_whose_curves_are_not_ours_gets_what_it_offers_behind_them(suite: bytes) -> None:
+    """OpenSSL has its handshake, and agrees on plain PSK."""
+    context = psk_client_context(suites=b"ECDHE-PSK-CHACHA20-POLY1305:" + suite)
+    assert Binding().lib.SSL_CTX_set1_curves_list(context._context, b"P-521") == 1  # type: ignore[attr-defined]
+    server = Server(Client(context))
+    assert isinstance(server.handshake, OpensslHandshake)
+    server.finish()
+    assert server.last == Established(PskProven(b"device-1", "the offer"))
+    assert server.client.connection.get_cipher_name() == suite.decode()
+    server.feed(server.client.send(b"up"))
+    assert server.last == Received(b"up")
+
+
+@pytest.mark.parametrize("has_psk", [True, False])
+def test_every_suite_that_openssl_may_agree_on_can_be_taken_over(credentials: Holder, has_psk: bool) -> None:
+    connection = DtlsContext(credentials.credentials()).connection(1200, has_psk=has_psk)
+    offered = [name for name in connection.get_cipher_list() if not name.startswith("TLS_")]  # those are of TLS 1.3
+    assert offered
+    assert set(offered) <= set(OPENSSL_SUITES)
 
 
 def both_closes(server: Server) -> Iterator[bool]:

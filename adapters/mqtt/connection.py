@@ -24,6 +24,9 @@ answers in; PUBCOMP, PINGRESP and SUBACK wait for none of these. A peer that bre
 CONNACK before CONNECT is accepted, in DISCONNECT afterwards, and nothing in 3.1.1, which has no words for it; then the
 connection is closed, and the will is published as after any loss. Nothing raises RemoteProtocolError out of here.
 
+DISCONNECT is the client's last word: nothing behind it is looked at, and nothing more is sent than the answers to what
+came before it. Whatever ends the connection while these are waited for, the will and the expiry are as it says.
+
 Aliases and quotas live and die with the connection [MQTT-3.3.2-7], 5.0 §4.9; all else is in the session.
 
 Most connections of a node are idle, so what is empty should take nothing: queues are lists, since an empty deque takes
@@ -180,6 +183,7 @@ class Connection:
         "_keep_alive",
         "_last_levels",
         "_last_topic",
+        "_leaving",
         "_max_packet",
         "_now",
         "_opened_at",
@@ -231,6 +235,7 @@ class Connection:
         self._partial_since: float | None = None
         self._stalled_since: float | None = None
         self._judging: _Subscribing | _Unsubscribing | None = None
+        self._leaving: tuple[ReasonCode, float | None] | None = None  # of DISCONNECT: its reason, another expiry
         # the peer's limits
         self._max_packet = _UNLIMITED
         self._window = limits.inflight
@@ -274,13 +279,18 @@ class Connection:
         return self.state is not State.CLOSED and self._framer.buffered > 0 and (self.behind or not self._keeps_up)
 
     @property
+    def leaving(self) -> bool:
+        """Whether the client has said goodbye."""
+        return self._leaving is not None
+
+    @property
     def busy(self) -> bool:
         """Whether the server owes an answer: a message is being stored, or a request judged."""
         return self.state is State.DECIDING or self._judging is not None or self._unanswered > 0
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
-        """Bytes from the network. What comes after the end is ignored."""
-        if self.state is State.CLOSED:
+        """Bytes from the network. What comes after the end, or after DISCONNECT, is ignored."""
+        if self.state is State.CLOSED or self._leaving is not None:
             return
         self._framer.feed(data)
 
@@ -450,7 +460,12 @@ class Connection:
     @property
     def ready(self) -> bool:
         """Whether PUBLISH packets may be sent now."""
-        return self.state is State.OPEN and self._stalled_since is None and self._out_bytes < self.limits.write_bytes
+        return (
+            self.state is State.OPEN
+            and self._leaving is None
+            and self._stalled_since is None
+            and self._out_bytes < self.limits.write_bytes
+        )
 
     @property
     def window(self) -> int:
@@ -498,10 +513,14 @@ class Connection:
             self._unanswered_bytes -= receipt.size
             if self._keeps_up:
                 self._heard_at = max(self._heard_at, now)
-        if receipt.qos is QoS.AT_MOST_ONCE:
-            if reason.failed and receipt.epoch == self.session.epoch:
-                self._end(now, Cause.VIOLATION, reason, text or "a message that is refused")
-            return
+        if receipt.qos is not QoS.AT_MOST_ONCE:
+            self._settle(receipt, reason, text, now)
+        elif reason.failed and receipt.epoch == self.session.epoch:
+            self._end(now, Cause.VIOLATION, reason, text or "a message that is refused")
+        if self._leaving is not None:
+            self._leave(now)
+
+    def _settle(self, receipt: Receipt, reason: ReasonCode, text: str, now: float) -> None:
         pending = self._pending.get((receipt.qos, receipt.packet_id))
         if pending is None or (receipt.qos is QoS.AT_LEAST_ONCE and pending.receipt != receipt):
             return
@@ -519,6 +538,7 @@ class Connection:
         """Whether the next packet may be taken."""
         return (
             self.state in (State.AWAITING_CONNECT, State.OPEN)
+            and self._leaving is None
             and self._judging is None
             and self._stalled_since is None
             and self._unanswered < self.limits.unanswered_messages
@@ -798,9 +818,15 @@ class Connection:
             if interval and not self._connect.properties.session_expiry_interval:
                 raise violation("a session expiry where CONNECT had none")  # 5.0 §3.14.2.2.2
             expiry = self._expiry(interval)
-        normal = packet.reason is ReasonCode.SUCCESS  # then the will is dropped [MQTT-3.14.4-3]
-        # What is answered by now still leaves: who sends all at once learns that it was admitted [MQTT-3.2.0-1].
-        self._finish(now, Cause.DISCONNECTED, packet.reason, "", publish_will=not normal, expiry=expiry)
+        self._leaving = packet.reason, expiry
+        self._framer.clear()  # [MQTT-3.14.4-1]: there is nothing behind it
+        self._leave(now)
+
+    def _leave(self, now: float) -> None:
+        """Close behind DISCONNECT, when what came before it is answered: who sends all at once learns that it was
+        admitted [MQTT-3.2.0-1], and that its messages are stored."""
+        if self._unanswered == 0:
+            self._finish(now, Cause.DISCONNECTED, ReasonCode.SUCCESS, "", publish_will=True)
 
     # Negotiation ----------------------------------------------------------------------------------------------------
 
@@ -923,7 +949,7 @@ class Connection:
 
     def _say_goodbye(self, reason: ReasonCode, text: str, now: float) -> None:
         """DISCONNECT with the reason in 5.0; 3.1.1 has none from a server."""
-        if self.version is Version.V5:
+        if self.version is Version.V5 and self._leaving is None:
             spoken = reason if reason in REASONS_OF[PacketType.DISCONNECT] else ReasonCode.UNSPECIFIED_ERROR
             self._send(Disconnect(spoken, _reason_string(text)), now)
 
@@ -940,10 +966,14 @@ class Connection:
         text: str,
         *,
         publish_will: bool,
-        expiry: float | None = None,
     ) -> None:
         if self.state is State.CLOSED:
             return
+        expiry = None
+        if self._leaving is not None:  # however it ends, the client's word was first
+            cause, text = Cause.DISCONNECTED, ""
+            reason, expiry = self._leaving
+            publish_will = publish_will and reason is not ReasonCode.SUCCESS  # [MQTT-3.14.4-3]
         attached = self.state is State.OPEN
         self.state = State.CLOSED
         self._framer.clear()

@@ -371,7 +371,7 @@ class DeviceRole:
     @property
     def ready(self) -> bool:
         """Whether a message that is given now can leave now."""
-        return self.peer.alive and self.mqtt.attached
+        return self.peer.alive and self.mqtt.attached and not self.peer.machine.leaving
 
     @property
     def held(self) -> Ownership | None:

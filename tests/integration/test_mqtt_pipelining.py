@@ -101,7 +101,7 @@ async def test_who_says_goodbye_right_behind_a_burst_has_said_all_of_it(mqtt: Ru
 
 
 @pytest.mark.parametrize("version", Version)
-async def test_who_says_all_in_one_piece_learns_that_it_was_admitted(mqtt: Running, version: Version) -> None:
+async def test_who_says_all_in_one_piece_learns_that_all_is_stored(mqtt: Running, version: Version) -> None:
     device = await mqtt.device()
     connect = Connect(version, "one", user_name=device.device_id, password=device.api_key.encode())
     goodbye = encode(Disconnect(), version)
@@ -112,7 +112,8 @@ async def test_who_says_all_in_one_piece_learns_that_it_was_admitted(mqtt: Runni
         rest = await client.closed()
     assert isinstance(rest[0], Connack)
     assert rest[0].reason is ReasonCode.SUCCESS
-    await until(lambda: mqtt.server.counters.stored == 3)
+    assert rest[1:] == [Ack(PacketType.PUBACK, n) for n in (1, 2, 3)]
+    assert mqtt.server.counters.stored == 3
 
 
 def half_closed(port: int, data: bytes) -> bytes:

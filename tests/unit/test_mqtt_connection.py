@@ -1449,14 +1449,58 @@ def test_what_comes_after_the_end_is_ignored() -> None:
         peer.connection.refuse(R.NOT_AUTHORIZED, 0)
 
 
-def test_messages_before_a_disconnect_in_the_same_read_are_not_lost() -> None:
+@BOTH
+@pytest.mark.parametrize("qos", [Q0, Q1, Q2])
+def test_what_came_before_a_disconnect_is_answered_before_the_end(version: Version, qos: QoS) -> None:
+    peer = Peer(version)
+    session = peer.connects(will=WILL)
+    packets = [Publish("a", b"", qos, packet_id=n if qos else 0) for n in (1, 2)]
+    first, second = (each.receipt for each in published(peer.sends(*packets, Disconnect(), Publish("b", b"", Q0))))
+    session.deliver(to_send(Q1), 0)
+    session.deliver(to_send(Q0), 0)
+    assert peer.gets() == []  # who has said goodbye is sent nothing more
+    session.stored(second, 0)
+    assert peer.gets() == []
+    assert not peer.connection.closed
+    peer.sends_bytes(b"\x00\x00")  # no packet, and not looked at
+    session.stored(first, 0)
+    answers = {Q0: [], Q1: [puback(1), puback(2)], Q2: [pubrec(1), pubrec(2)]}
+    assert peer.gets() == answers[qos]
+    assert peer.events() == [Ended(Cause.DISCONNECTED, R.SUCCESS, "")]
+    assert not session.owes_will
+
+
+@BOTH
+@pytest.mark.parametrize("reason", [R.SUCCESS, R.DISCONNECT_WITH_WILL])
+@pytest.mark.parametrize("how", ["lost", "refused", "taken over", "revoked"])
+def test_whatever_ends_a_connection_behind_its_disconnect_the_clients_word_was_first(
+    version: Version, reason: R, how: str
+) -> None:
+    if version is V311 and reason is not R.SUCCESS:
+        return  # it has no such word
+    peer = Peer(version)
+    session = peer.connects(will=WILL)
+    (event,) = published(peer.sends(Publish("a", b"", Q0), Disconnect(reason)))
+    match how:
+        case "lost":
+            peer.connection.lost(0)
+        case "refused":
+            session.failed(event.receipt, R.NOT_AUTHORIZED, 0)
+        case "taken over":
+            peer.connection.disconnect(R.SESSION_TAKEN_OVER, 0)
+        case _:
+            peer.connection.disconnect(R.ADMINISTRATIVE_ACTION, 0, publish_will=False)
+    assert peer.gets() == []
+    assert peer.events() == [Ended(Cause.DISCONNECTED, reason, "")]
+    assert session.owes_will == (reason is not R.SUCCESS and how != "revoked")
+
+
+def test_a_disconnect_that_waits_keeps_the_expiry_that_it_gave() -> None:
     peer = Peer()
     session = peer.connects()
-    first, end = peer.sends(Publish("a", b"", Q1, packet_id=1), Disconnect())
-    assert isinstance(first, PublishReceived)
-    assert isinstance(end, Ended)
-    session.stored(first.receipt, 0)  # nobody is there to tell
-    assert peer.gets() == []
+    peer.sends(Publish("a", b"", Q1, packet_id=1), Disconnect(properties=Properties(session_expiry_interval=1_000)))
+    peer.connection.lost(5)
+    assert session.next_timer() == 1_005
 
 
 def test_a_snapshot_is_a_value_that_restores_the_session() -> None:

@@ -249,8 +249,10 @@ class Uplinks:
             known = [row for row in rows if _is_named(row) or row[1].origin is not None]
             again = _by_id(known, await self._store_again(known, tries, give_up_at))
             return [again.get(uplink_id) or _outcome_open() for uplink_id, _ in rows]
-        settled = _by_id(rows, [_without_winner(uplink_id, stored) for uplink_id, _ in rows])
         lost = [row for row in rows if _is_named(row) and row[0] not in stored.won and row[0] not in stored.untouched]
+        if not lost and not stored.untouched:
+            return [StoredUplink(uplink_id, False) for uplink_id, _ in rows]
+        settled = _by_id(rows, [_without_winner(uplink_id, stored) for uplink_id, _ in rows])
         winners = _by_id(lost, await self._find_winners(lost, tries, give_up_at))
         return [winners.get(uplink_id) or settled[uplink_id] for uplink_id, _ in rows]
 

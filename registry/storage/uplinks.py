@@ -19,6 +19,7 @@ Failures are told apart by what they say about the outcome, see `insert`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -76,13 +77,12 @@ def new_ids(count: int, milliseconds: int, random: Callable[[int], bytes]) -> li
     UUID version 7 (RFC 9562 §5.7) with a counter in rand_a (§6.2, method 1) and 62 random bits, not meant as a secret.
     """
     assert count <= MAX_BATCH
-    moment = (milliseconds & 0xFFFF_FFFF_FFFF).to_bytes(6, "big")
-    heads = [moment + (0x7000 | place).to_bytes(2, "big") for place in range(count)]
-    tails = random(8 * count)
+    first = (milliseconds & 0xFFFF_FFFF_FFFF) << 80 | 0x7 << 76 | 0x2 << 62  # the time, the version, the variant
+    tails = struct.unpack(f">{count}Q", random(8 * count))
     # asyncpg's own UUID class: made from bytes in a fifth of the time, and encoded without a detour.
     return [
-        UplinkId(pgproto.UUID(head + bytes((0x80 | tails[at] & 0x3F,)) + tails[at + 1 : at + 8]))
-        for head, at in zip(heads, range(0, 8 * count, 8), strict=True)
+        UplinkId(pgproto.UUID((first | place << 64 | tail & 0x3FFF_FFFF_FFFF_FFFF).to_bytes(16, "big")))
+        for place, tail in enumerate(tails)
     ]
 
 
@@ -149,6 +149,9 @@ async def insert_received(connection: Connection, rows: Sequence[Row]) -> Receiv
     return Received(won, frozenset(repeated), frozenset(strangers))
 
 
+# An array may be shorter than the others, and `unnest` fills it up by NULL: one without elements where the column is
+# NULL throughout; one with a single element where all rows have that value. The second is read by its cardinality, so
+# that a NULL never takes another row's value. A reading names its uplink by its place in the batch, from 1.
 _INSERT = """
 WITH won AS (
     INSERT INTO uplink_message (device_id, message_id, uplink_id, received_at)
@@ -161,7 +164,13 @@ WITH won AS (
 ), stored AS (
     INSERT INTO uplink (uplink_id, tenant_id, device_id, kind, payload, message_id, observed_at, received_at,
                         transport, via)
-    SELECT uplink_id, tenant_id, device_id, kind, payload::json, message_id, observed_at, now(), transport, via
+    SELECT uplink_id,
+           CASE cardinality($2::uuid[]) WHEN 1 THEN ($2::uuid[])[1] ELSE tenant_id END,
+           CASE cardinality($3::uuid[]) WHEN 1 THEN ($3::uuid[])[1] ELSE device_id END,
+           CASE cardinality($4::text[]) WHEN 1 THEN ($4::text[])[1] ELSE kind END,
+           payload::json, message_id, observed_at, now(),
+           CASE cardinality($8::text[]) WHEN 1 THEN ($8::text[])[1] ELSE transport END,
+           via
     FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
                 $8::text[], $9::uuid[])
          AS u (uplink_id, tenant_id, device_id, kind, payload, message_id, observed_at, transport, via)
@@ -169,36 +178,47 @@ WITH won AS (
 ), measured AS (
     INSERT INTO reading (tenant_id, device_id, component, sensor, observed_at, received_at, uplink_id, ordinal,
                          number, "integer", "boolean", "text")
-    SELECT tenant_id, device_id, component, sensor, coalesce(observed_at, now()), now(), uplink_id, ordinal,
+    SELECT ($2::uuid[])[least(place, cardinality($2::uuid[]))],
+           ($3::uuid[])[least(place, cardinality($3::uuid[]))],
+           CASE cardinality($16::text[]) WHEN 1 THEN ($16::text[])[1] ELSE component END,
+           CASE cardinality($17::text[]) WHEN 1 THEN ($17::text[])[1] ELSE sensor END,
+           coalesce(observed_at, now()), now(), ($1::uuid[])[place],
+           CASE cardinality($15::smallint[]) WHEN 1 THEN ($15::smallint[])[1] ELSE ordinal END,
            number, "integer", "boolean", "text"
-    FROM unnest($13::uuid[], $14::uuid[], $15::uuid[], $16::boolean[], $17::smallint[], $18::text[], $19::text[],
-                $20::timestamptz[], $21::float8[], $22::bigint[], $23::boolean[], $24::text[])
-         AS r (uplink_id, tenant_id, device_id, named, ordinal, component, sensor, observed_at,
-               number, "integer", "boolean", "text")
-    WHERE NOT named OR uplink_id IN (SELECT uplink_id FROM won)
+    FROM unnest($13::smallint[], $14::boolean[], $15::smallint[], $16::text[], $17::text[], $18::timestamptz[],
+                $19::float8[], $20::bigint[], $21::boolean[], $22::text[])
+         AS r (place, named, ordinal, component, sensor, observed_at, number, "integer", "boolean", "text")
+    WHERE named IS NULL OR ($1::uuid[])[place] IN (SELECT uplink_id FROM won)
 )
 SELECT uplink_id FROM won
 """
 
 
 def _uplink_columns(rows: Sequence[Row]) -> tuple[Sequence[object], ...]:
+    uplinks = [u for _, u in rows]
     return (
         [i for i, _ in rows],
-        [u.tenant_id for _, u in rows],
-        [u.device_id for _, u in rows],
-        [u.kind for _, u in rows],
-        [u.payload for _, u in rows],
-        _unless_empty([u.message_id for _, u in rows]),
-        _unless_empty([u.observed_at for _, u in rows]),
-        [u.transport.value for _, u in rows],
-        _unless_empty([u.via for _, u in rows]),
+        _once([u.tenant_id for u in uplinks]),
+        _once([u.device_id for u in uplinks]),
+        _once([u.kind for u in uplinks]),
+        [u.payload for u in uplinks],
+        _unless_empty([u.message_id for u in uplinks]),
+        _unless_empty([u.observed_at for u in uplinks]),
+        _once([u.transport.value for u in uplinks]),
+        _unless_empty([u.via for u in uplinks]),
     )
 
 
 def _unless_empty(column: Sequence[object]) -> Sequence[object]:
-    """The column, or none of it where it is all NULL: `unnest` fills up what is shorter than the others by NULL, and
-    asyncpg looks at every element of an array several times."""
-    return column if any(value is not None for value in column) else []
+    """The column, or none of it where it is all NULL: asyncpg looks at every element of an array several times."""
+    return [] if column.count(None) == len(column) else column
+
+
+def _once(column: Sequence[object]) -> Sequence[object]:
+    """The column, or one element of it where all are the same; not for columns that `_unless_empty` may shorten."""
+    # The last one first: where they differ, it mostly does, too.
+    same = bool(column) and column[0] == column[-1] and column.count(column[0]) == len(column)
+    return column[:1] if same else column
 
 
 def _message_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
@@ -207,26 +227,26 @@ def _message_columns(rows: Sequence[Row]) -> tuple[list[object], ...]:
 
 
 def _reading_columns(rows: Sequence[Row]) -> tuple[Sequence[object], ...]:
-    readings = [(i, u, place, r) for i, u in rows if u.readings for place, r in enumerate(u.readings)]
-    values = [r.value for _, _, _, r in readings]
+    owned = [(place, u) for place, (_, u) in enumerate(rows, 1) for _ in u.readings]
+    readings = [r for _, u in rows for r in u.readings]
+    values = [r.value for r in readings]
     kinds = [type(value) for value in values]
     return (
-        [i for i, _, _, _ in readings],
-        [u.tenant_id for _, u, _, _ in readings],
-        [u.device_id for _, u, _, _ in readings],
-        [u.message_id is not None for _, u, _, _ in readings],
-        [place for _, _, place, _ in readings],
-        [r.component for _, _, _, r in readings],
-        [r.sensor for _, _, _, r in readings],
-        _unless_empty([r.observed_at or u.observed_at for _, u, _, r in readings]),
+        [place for place, _ in owned],
+        _unless_empty([None if u.message_id is None else True for _, u in owned]),
+        _once([ordinal for _, u in rows for ordinal in range(len(u.readings))]),
+        _once([r.component for r in readings]),
+        _once([r.sensor for r in readings]),
+        _unless_empty([r.observed_at or u.observed_at for r, (_, u) in zip(readings, owned, strict=True)]),
         *[_of_kind(wanted, values, kinds) for wanted in (float, int, bool, str)],
     )
 
 
 def _of_kind(wanted: type, values: Sequence[object], kinds: Sequence[type]) -> Sequence[object]:
     """The column of the values of one type; empty where there is none."""
-    if wanted not in kinds:
-        return []
+    count = kinds.count(wanted)
+    if count in (0, len(kinds)):
+        return values if count else []
     return [value if kind is wanted else None for value, kind in zip(values, kinds, strict=True)]
 
 

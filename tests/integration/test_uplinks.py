@@ -108,6 +108,57 @@ async def test_the_time_of_an_uplink_dates_the_readings_that_have_none(uplinks: 
     assert [(r.sensor, r.observed_at.day) for r in readings] == [("b", 2), ("a", 1)]
 
 
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+async def test_every_row_of_a_batch_has_its_own_values(database: Database, data: st.DataObject) -> None:
+    # A column that is the same throughout goes as one value; what differs must not be taken for it.
+    uplinks = Uplinks(database)
+    owners = [(TenantId(uuid4()), DeviceId(uuid4())) for _ in range(2)]
+    drawn = data.draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(owners),
+                st.sampled_from((Transport.MQTT, Transport.COAP)),
+                st.sampled_from(("telemetry", "event")),
+                st.booleans(),
+                st.dictionaries(
+                    st.sampled_from(("a", "b", "c.a", "c.b")), st.sampled_from((1, 2.5, True, "x")), min_size=1
+                ),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    batch = [
+        uplink_from(
+            Source(*owner, transport),
+            payload_from_json(json.dumps(values).encode()),
+            kind=kind,
+            message_id=f"m{uuid4().hex}" if named else None,
+        )
+        for owner, transport, kind, named, values in drawn
+    ]
+    stored = await settle([uplinks.submit(uplink) for uplink in batch])
+    ids = [each.uplink_id for each in stored if isinstance(each, StoredUplink)]
+    async with database.connection() as connection:
+        rows = await connection.fetch("SELECT * FROM uplink WHERE uplink_id = ANY($1)", ids)
+        readings = await connection.fetch("SELECT * FROM reading WHERE uplink_id = ANY($1) ORDER BY ordinal", ids)
+    kept = {row["uplink_id"]: row for row in rows}
+    for uplink_id, uplink in zip(ids, batch, strict=True):
+        row = kept[uplink_id]
+        assert (row["tenant_id"], row["device_id"]) == (uplink.tenant_id, uplink.device_id)
+        assert (row["transport"], row["kind"]) == (uplink.transport.value, uplink.kind)
+        assert (row["payload"], row["message_id"]) == (json.loads(uplink.payload), uplink.message_id)
+        its = [row for row in readings if row["uplink_id"] == uplink_id]
+        assert [(row["component"], row["sensor"]) for row in its] == [(r.component, r.sensor) for r in uplink.readings]
+        assert [row["ordinal"] for row in its] == list(range(len(its)))
+        assert {(row["tenant_id"], row["device_id"]) for row in its} <= {(uplink.tenant_id, uplink.device_id)}
+        columns = {float: "number", int: "integer", bool: "boolean", str: "text"}
+        assert [row[columns[type(r.value)]] for row, r in zip(its, uplink.readings, strict=True)] == [
+            r.value for r in uplink.readings
+        ]
+
+
 # The same message again.
 
 
@@ -541,10 +592,10 @@ def test_ids_are_version_7_distinct_and_ascending() -> None:
 async def test_the_statement_looks_winners_up_by_hash(database: Database) -> None:
     # With a nested loop a full batch of named uplinks would take the square of its size.
     async with database.connection() as connection:
-        types = "uuid[],uuid[],uuid[],text[],text[],text[],timestamptz[],text[],uuid[],uuid[],text[],uuid[],uuid[],uuid[],uuid[],boolean[],smallint[],text[],text[],timestamptz[],float8[],bigint[],boolean[],text[]"  # noqa: E501
+        types = "uuid[],uuid[],uuid[],text[],text[],text[],timestamptz[],text[],uuid[],uuid[],text[],uuid[],smallint[],boolean[],smallint[],text[],text[],timestamptz[],float8[],bigint[],boolean[],text[]"  # noqa: E501
         await connection.execute(f"PREPARE batch ({types}) AS {storage._INSERT}")
         await connection.execute("SET plan_cache_mode = force_generic_plan")
-        rows = await connection.fetch(f"EXPLAIN EXECUTE batch ({', '.join(['NULL'] * 24)})")
+        rows = await connection.fetch(f"EXPLAIN EXECUTE batch ({', '.join(['NULL'] * 22)})")
     plan = "\n".join(row[0] for row in rows)
     assert plan.count("hashed SubPlan") == 2
     assert "Nested Loop" not in plan

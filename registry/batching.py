@@ -53,6 +53,7 @@ class Batcher(Generic[Item, Result]):
         With `weigh` (in bytes, or any unit), a batch takes items up to `max_weight`, but at least one, and the queue
         refuses what would bring it above `max_queued_weight`, unless it is empty.
         """
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first item: to look it up takes a system call
         self._name = name
         self._process = process
         self._max_items = max_items
@@ -98,7 +99,9 @@ class Batcher(Generic[Item, Result]):
             if self._queue and self._queued_weight + weight > self._max_queued_weight:
                 self.turned_away += 1
                 raise Unavailable(f"{self._name} is at its limit of {self._max_queued_weight} waiting bytes")
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         self._queue.append((item, future, weight))
         self._queued_weight += weight

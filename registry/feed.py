@@ -87,6 +87,7 @@ class Feed:
         self._wake = asyncio.Event()
         self._hinted = False
         self._hint_tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()  # to look it up takes a system call, and every session asks the time
         self._last_reading: float | None = None
         self._started_at = 0.0
         self._streams: dict[TenantId, asyncio.Event] = {}
@@ -101,7 +102,7 @@ class Feed:
 
     async def start(self) -> None:
         """Connect, take the node's lock, find the newest position. Raises Unavailable, NodeBusy."""
-        self._started_at = asyncio.get_running_loop().time()
+        self._started_at = self._loop.time()
         self._connection = await self._connect()
         await self._begin_anew()
         self._read_now()
@@ -143,7 +144,7 @@ class Feed:
 
     def lost_seconds(self) -> float:
         """Seconds since the last successful reading."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         return now - (self._started_at if self._last_reading is None else self._last_reading)
 
     @property
@@ -159,7 +160,7 @@ class Feed:
         if self._hinted:
             return
         self._hinted = True
-        task = asyncio.get_running_loop().create_task(self._notify(), name="feed hint")
+        task = self._loop.create_task(self._notify(), name="feed hint")
         self._hint_tasks.add(task)
         task.add_done_callback(self._hint_tasks.discard)
 
@@ -258,7 +259,7 @@ class Feed:
             await follower.follow(seen)
 
     def _read_now(self) -> None:
-        self._last_reading = asyncio.get_running_loop().time()
+        self._last_reading = self._loop.time()
 
 
 def _lock_number(node_id: NodeId) -> int:

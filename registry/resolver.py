@@ -178,7 +178,7 @@ class Resolver:
         Refusals are noted behind the caller's next step, which answers the peer: a note costs a thirtieth of what the
         peer waits for, and a wrong key, of which nothing is known yet, has none.
         """
-        state = await self._read(lookup_of(evidence), contact)
+        state = await self._read((CredentialKind.PSK, evidence.identity), contact)
         stand_in: Secret[bytes] = Secret(self._random(secrets.SECRET_BYTES))
         if state is None or state.sealed_key is None:
             self._ring.open(self._decoy, _DECOY)

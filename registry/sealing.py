@@ -20,10 +20,10 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -46,8 +46,7 @@ class KeyRingError(Exception):
     """The key ring cannot be used; the message says which file and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class SealContext:
+class SealContext(msgspec.Struct, frozen=True):
     """What a sealed value is bound to: moved anywhere else, it does not open."""
 
     purpose: str

@@ -124,6 +124,7 @@ class SessionTable:
         self._max_per_device = max_per_device
         self._polite_seconds = polite_seconds
         self._observer = observer
+        self._loop = asyncio.get_running_loop()
         self._by_id: dict[SessionId, Session] = {}
         self._by_device: dict[DeviceId, dict[SessionId, Session]] = {}
         self._expiries: list[tuple[datetime, int, SessionId]] = []
@@ -161,7 +162,7 @@ class SessionTable:
 
     def take_seen(self) -> dict[DeviceId, datetime]:
         """Devices that were active since the last call, and when; at most as many as had sessions."""
-        now, loop_now = self._clock(), asyncio.get_running_loop().time()
+        now, loop_now = self._clock(), self._loop.time()
         seen, self._seen = self._seen, {}
         for session in self._by_id.values():
             if session.last_active > self._seen_taken:
@@ -272,8 +273,8 @@ class SessionTable:
 
     async def _open(self, identity: Identity, contact: Contact, closer: Closer) -> Session:
         self._check_room(identity)
-        loop = asyncio.get_running_loop()
-        session = Session(SessionId(random_uuid()), identity, contact, self._clock(), closer, last_active=loop.time())
+        opened_at, active_at = self._clock(), self._loop.time()
+        session = Session(SessionId(random_uuid()), identity, contact, opened_at, closer, last_active=active_at)
         self._insert(session)
         try:
             confirmed = await self._resolver.recheck(identity, contact)

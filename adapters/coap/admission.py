@@ -118,7 +118,7 @@ class Admission:
         self.registry = registry
         self.limits = limits
         self.counters = counters
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._devices: dict[DeviceId, list[Guest]] = {}
         self._anonymous: _Pool = {}
         self._proven: _Pool = {}
@@ -166,7 +166,7 @@ class Admission:
         if guest.attempts > self.limits.provisioning_attempts:
             self.counters.provisioning_attempts += 1
             raise ResourceExhausted("too many requests to provision on one association", retry_after=60.0)
-        wait = self._attempts.take(address_block(guest.association.address), self._loop.time())
+        wait = self._attempts.take(address_block(guest.association.address), self.loop.time())
         if wait is not None:
             self.counters.provisioning_attempts += 1
             raise ResourceExhausted("this address has sent too many provisioning attempts", retry_after=wait)
@@ -175,7 +175,7 @@ class Admission:
         """Close it at its `until`, unless it turns out to be a device, whose session ends it, or is gone by then."""
         self._nobodies[guest] = None
         if self._ender is None:
-            self._ender = self._loop.call_at(guest.until, self._end_nobodies)
+            self._ender = self.loop.call_at(guest.until, self._end_nobodies)
 
     def leave(self, guest: Guest) -> None:
         """An association is gone."""
@@ -198,14 +198,14 @@ class Admission:
 
     def _end_nobodies(self) -> None:
         """Close those whose time is over. One timer is for all, since nearly all are devices long before that."""
-        due = self._loop.time() + _TIMER_STEP
+        due = self.loop.time() + _TIMER_STEP
         try:
             while self._nobodies and (guest := next(iter(self._nobodies))).until <= due:
                 del self._nobodies[guest]
                 guest.close_now()
         finally:  # one that fails keeps nobody else
             first = next(iter(self._nobodies), None)
-            self._ender = None if first is None else self._loop.call_at(first.until, self._end_nobodies)
+            self._ender = None if first is None else self.loop.call_at(first.until, self._end_nobodies)
 
     # -- verdicts --------------------------------------------------------------------------------------------------
 
@@ -279,7 +279,7 @@ class Guest:
         self._admission = admission
         self._endpoint = endpoint
         self._left = left
-        self._loop = asyncio.get_running_loop()
+        self._loop = admission.loop
         self._peer = endpoint.open(association, held=True)
         self._peer.context = self
         self._end: asyncio.TimerHandle | None = None

@@ -122,7 +122,7 @@ class PeerMachine:
         self._memory = memory
         self._limits = memory.limits
         self._random = random
-        self._message_id = random.getrandbits(16)
+        self._message_id: int | None = None  # of our last own message
         self._number = 0
         self._sequence = 0  # one for all observations, so that a token that is used again still counts up
         self._table = Table(known)
@@ -714,7 +714,9 @@ class PeerMachine:
         self._out.append(datagram)
 
     def _next_message_id(self) -> int:
-        self._message_id = (self._message_id + 1) & 0xFFFF
+        # The first is random (RFC 7252 §4.4), and drawn when there is one: most peers get answers in acknowledgements.
+        last = self._random.getrandbits(16) if self._message_id is None else self._message_id
+        self._message_id = (last + 1) & 0xFFFF
         return self._message_id
 
     def _next_sequence(self) -> bytes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from registry.sealing import KeyRing, KeyRingError, SealBroken, SealContext, load_or_create, save
 from registry.secrets import Secret

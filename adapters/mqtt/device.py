@@ -164,10 +164,10 @@ class Devices:
                 present = await self._take(role, connect)
                 await self.broker.enter(role)
             except BaseException:
-                role.give_up()
+                role.give_up(publish_will=False)
                 raise
             if _is_over(peer, session):
-                role.give_up()
+                role.give_up(publish_will=not session.closed)
                 return
             self.by_key[key] = role
             peer.role = role
@@ -427,10 +427,12 @@ class DeviceRole:
             if isinstance(target, Downlink):
                 self.downlinks.opened(target, subscription)
 
-    def give_up(self) -> None:
-        """It was never accepted: what was taken goes back, and the will was not armed by anybody who connected."""
+    def give_up(self, *, publish_will: bool) -> None:
+        """It was never accepted: what was taken goes back. `publish_will` for a client that was about to be accepted,
+        and is gone: with the taking a delayed will of before was dropped, and somebody is to hear of its end. A client
+        that is told that it was not admitted has armed none."""
         self.broker.leave(self)
-        self._let_go(publish_will=False)
+        self._let_go(publish_will=publish_will)
 
     def lost(self, ended: Ended | None, now: float) -> None:
         self.downlinks.close()

@@ -31,7 +31,7 @@ from tests.conftest import MakeDevice
 from tests.http_api import Api, api
 from tests.messaging_brokers import Broker, Seconds, Served, broker_on
 from tests.mqtt_devices import GRANTS, KEEP, devices, silent
-from tests.mqtt_server import Client, Device, Running, serving_mqtt
+from tests.mqtt_server import Client, Device, Gone, Running, serving_mqtt
 from tests.nodes import until
 from tests.processes import server_process
 from tests.whole_system import new_tenant
@@ -184,6 +184,36 @@ async def test_a_connection_that_the_server_ends_for_its_own_reasons_leaves_its_
             (role,) = (role for key, role in mqtt.server.devices.by_key.items() if key[2] == name)
             await fault(mqtt, client, role)
             assert (await witness.message()).payload.decode() == name
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+async def test_who_vanishes_while_being_admitted_leaves_the_will_unless_revoked(api: Api, revoked: bool) -> None:
+    """Its return has ended the delay of the will before."""
+    async with serving_mqtt(api) as mqtt:
+        one, other = await devices(mqtt, 2)
+        async with mqtt.client() as witness, mqtt.client() as before, mqtt.client() as client:
+            await witness.connect(other)
+            await witness.subscribe("site/will")
+            await before.connect(one, clean_start=False, properties=KEEP, will=will_of("before", delay=600))
+            before.drop()
+            await until(lambda: len(mqtt.server.peers) == 2 and not mqtt.server.devices.leaving)
+            enter = mqtt.server.broker.enter
+
+            async def vanishing(role: DeviceRole) -> None:
+                await enter(role)
+                role.session.closed = revoked  # as the registry does before it closes the connection
+                client.reset()
+                await until(lambda: not role.peer.alive)
+
+            with mock.patch.object(mqtt.server.broker, "enter", vanishing):
+                with pytest.raises(Gone):
+                    await client.connect(one, clean_start=False, properties=KEEP, will=will_of("again"))
+                await until(lambda: len(mqtt.server.peers) == 1 and not mqtt.server.devices.leaving)
+            assert await rows(api.database, "messaging_session") == 1
+            if revoked:
+                assert await rows(api.database, "messaging_will") == 0
+            else:
+                assert (await witness.message()).payload == b"again"
 
 
 # A killed node.

@@ -255,7 +255,8 @@ class IdentityReader:
     """Reads the PSK identity out of a ClientKeyExchange in the clear, whole or in fragments of any order.
 
     `message_seq` is the number that the message must have: the one behind the ClientHello, since a client shows no
-    certificate under a PSK suite. Every fragment must agree with the first one about the length.
+    certificate under a PSK suite. Every fragment must agree with the first one about the length; a whole message counts
+    whatever fragments came before it, as with OpenSSL: else a stranger's one fragment would stall a handshake for good.
     """
 
     __slots__ = ("_body", "_message_seq", "_missing", "complete")
@@ -294,8 +295,10 @@ class IdentityReader:
     def _take(self, length: int, offset: int, part: bytes) -> None:
         if self.complete or length > _KEY_EXCHANGE_ROOM or offset + len(part) > length:
             return
-        if len(part) == length and self._body is None:
+        if len(part) == length:  # whole; what anybody else said of its length before does not matter any more
             self._body, self.complete = part, True
+            return
+        if not part:
             return
         if not isinstance(self._body, bytearray) or self._missing is None:
             self._body, self._missing = bytearray(length), bytearray(b"\1" * length)
@@ -303,4 +306,4 @@ class IdentityReader:
             return
         self._body[offset : offset + len(part)] = part
         self._missing[offset : offset + len(part)] = bytes(len(part))
-        self.complete = not any(self._missing)
+        self.complete = 1 not in self._missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from hypothesis import given
@@ -270,6 +271,33 @@ def test_other_messages_and_contradictions_are_left_out() -> None:
     assert not reader.complete
     reader.feed(message(16, b"\0\x02xy", 2, 2, b"xy"))
     assert reader.identity() == b"xy"
+
+
+def test_a_whole_message_counts_whatever_fragments_came_before() -> None:
+    """A stranger who knows an address and a port needs one datagram for such a fragment."""
+    for length in (9, 10, 500):
+        reader = IdentityReader(2)
+        reader.feed(message(16, bytes(length), 2, 0, b"\0"))
+        reader.feed(message(16, b"\0\x08device-1", 2))
+        assert reader.identity() == b"device-1"
+
+
+def test_fragments_of_nothing_cost_no_more_than_those_of_another_message() -> None:
+    """1,300 fit into one datagram. Once what is missing was counted for each of them: 28 times as much."""
+    reader = IdentityReader(2)
+    reader.feed(message(16, bytes(1024), 2, 0, bytes(1023)))
+    cost = {}
+    for number in (2, 3):
+        fragments = message(16, bytes(1024), number, 0, b"") * 1300
+        cost[number] = min(seconds(reader, fragments) for _ in range(10))
+    assert cost[2] < 4 * cost[3]
+    assert not reader.complete
+
+
+def seconds(reader: IdentityReader, fragments: bytes) -> float:
+    begun = time.perf_counter()
+    reader.feed(fragments)
+    return time.perf_counter() - begun
 
 
 def test_an_alert_is_a_record() -> None:

@@ -306,6 +306,7 @@ class DeviceRole:
 
     __slots__ = (
         "_asked",
+        "_for_children",
         "_left",
         "_levels",
         "_moved",
@@ -360,6 +361,8 @@ class DeviceRole:
         self._waiting: list[Callable[[], bool]] = []
         """Messages for which the core had no room, as attempts to hand them over: whether it was taken."""
         self._retry: asyncio.TimerHandle | None = None
+        self._for_children: dict[DeviceId, list[tuple[Receipt, Message, UplinkTopic]]] = {}
+        """What it sends for each child and has to be judged, the oldest first."""
         self._pending: set[asyncio.Future[None]] = set()
         self._moved: asyncio.Event | None = None  # made by who waits for it: few do
         self._asked = 0
@@ -581,21 +584,42 @@ class DeviceRole:
                 self._broker(receipt, message, now)
             case Brokered() | None:
                 self._forbidden(receipt, now)
+            case UplinkTopic(device_id):
+                line = self._for_children.setdefault(device_id, [])
+                line.append((receipt, message, target))
+                if len(line) == 1:
+                    self.peer.start(self._speak_for(device_id))
             case _:
                 self._start(receipt, message, partial(self._publish_later, receipt, message, target))
+
+    async def _speak_for(self, device_id: DeviceId) -> None:
+        """Store what is sent for a child, in its order, however long it takes to learn whose child it is."""
+        line = self._for_children[device_id]
+        while line:
+            receipt, message, target = line[0]
+            try:
+                if not await self.owner.speaks_for(self.session, device_id):
+                    self._forbidden(receipt, self.server.now())
+                elif not self.revoked:  # else it was revoked while we asked
+                    self._store(receipt, message, target, self.server.now())
+            except RegistryError as error:
+                self._refused(receipt, error)
+            line.pop(0)
+            self.peer.poke()
+        del self._for_children[device_id]
 
     async def _publish_later(self, receipt: Receipt, message: Message, target: Target) -> None:
         """What has to ask the database before its fate is known."""
         match target:
-            case Brokered():
-                raise AssertionError("brokered messages do not come here")
+            case Brokered() | UplinkTopic():
+                raise AssertionError("these do not come here")
             case Renewal():
                 await self._renew(receipt, message)
                 return
             case ChildAttachment():
                 await self._attach_child(receipt, message)
                 return
-            case UplinkTopic() | CommandAnswer() | ConfigReport():
+            case CommandAnswer() | ConfigReport():
                 pass
             case _:
                 assert_never(target)
@@ -606,9 +630,6 @@ class DeviceRole:
             return
         source = source_of(self.session, target.device_id)
         match target:
-            case UplinkTopic():
-                self._store(receipt, message, target, self.server.now())
-                return
             case CommandAnswer(_, command_id):
                 payload = payload_of(message, max_bytes=self.server.limits.payload_bytes)
                 await self.registry.commands.answer(source, command_id, response_from(payload), uuid4().hex)

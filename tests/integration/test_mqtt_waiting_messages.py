@@ -72,6 +72,32 @@ async def test_a_waiting_message_of_a_session_that_was_closed_is_not_stored(mqtt
         assert await mqtt.uplinks(device.device_id) == []
 
 
+async def test_what_a_gateway_sends_for_a_child_is_stored_in_its_order(mqtt: Running) -> None:
+    """The first question whose child it is takes longer than the ones behind it."""
+    gateway, child, sibling = await devices(mqtt, 3)
+    asked = 0
+    answered = asyncio.Event()
+
+    async def speaks_for(_: object, device_id: str) -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            await answered.wait()
+        return True
+
+    async with mqtt.client() as client:
+        await client.connect(gateway)
+        with mock.patch.object(mqtt.server.devices, "speaks_for", speaks_for):
+            for n in range(5):
+                await client.send(Publish(f"devices/{child.device_id}/events", b"%d" % n, QoS.AT_MOST_ONCE))
+            await client.send(Publish(f"devices/{sibling.device_id}/events", b"5", QoS.AT_MOST_ONCE))
+            await until(lambda: mqtt.server.counters.stored == 1)  # another child's does not wait for them
+            answered.set()
+            await until(lambda: mqtt.server.counters.stored == 6)
+        assert only_role(mqtt)._for_children == {}
+    assert [each["payload"] for each in await mqtt.uplinks(child.device_id)] == [4, 3, 2, 1, 0]
+
+
 @pytest.mark.parametrize("revoked", [False, True])
 async def test_a_message_that_is_judged_when_its_sender_goes_is_stored_unless_that_was_revoked(
     mqtt: Running, revoked: bool

@@ -12,7 +12,8 @@ window are all that is left (protection.py).
 - *A key takes time.* The datagrams of this peer are held, at most `held_datagrams`, until `key` is called; more are
   dropped, and sent again by the peer.
 - *Bounds.* All bytes of a handshake are counted, and the records of the next epoch that come early, which OpenSSL
-  would keep in buffers of 16 KB each. What no handshake has a use for never reaches it.
+  would keep in buffers of 16 KB each; of a datagram the first 64 records are looked at. What no handshake has a use
+  for never reaches it.
 
 Invariants: events of one call are in order; after ENDED nothing is sent or accepted, but `datagrams` may still be
 collected once.
@@ -43,6 +44,7 @@ from registry.secrets import RandomBytes
 _FINISHED: Final = b"\x14"  # RFC 5246 §7.4: the message's type
 _CLOSE_NOTIFY: Final = b"\x01\x00"  # RFC 5246 §7.2.1, at level warning
 _FATAL: Final = b"\x02"
+_MOST_RECORDS: Final = 64  # of one datagram: more fragments of a handshake do not fit into 1,500 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,7 @@ class DtlsEngine:
     def _screen(self, datagram: bytes) -> tuple[bytes, list[Record]]:
         """The datagram without the records that a handshake has no use for."""
         records = split_records(datagram)
-        wanted = [record for record in records if self._is_wanted(record)]
+        wanted = [record for record in records[:_MOST_RECORDS] if self._is_wanted(record)]
         if len(wanted) == len(records):
             return datagram, records
         cut = b"".join(datagram[record.start : record.end] for record in wanted)

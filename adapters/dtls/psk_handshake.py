@@ -52,6 +52,7 @@ from adapters.dtls.ports import PskKey, PskProven
 from adapters.dtls.protection import PLAIN_PSK_SUITES, Prf, Protection
 from adapters.dtls.records import (
     DTLS_12,
+    MESSAGE_HEADER,
     RECORD_HEADER,
     ClientHello,
     IdentityReader,
@@ -69,6 +70,7 @@ _SERVER_HELLO: Final = 2
 _SERVER_HELLO_DONE: Final = 14
 _FINISHED: Final = 20
 _VERIFY_DATA: Final = 12  # RFC 5246 §7.4.9
+_FINISHED_SIZE: Final = MESSAGE_HEADER + _VERIFY_DATA
 _MASTER_SECRET: Final = 48
 _RANDOM: Final = 32
 
@@ -110,6 +112,7 @@ class PskHandshake:
         "_fragment",
         "_hello_random",
         "_identity",
+        "_in_order",
         "_key",
         "_number",
         "_out",
@@ -143,6 +146,7 @@ class PskHandshake:
         self._reader: IdentityReader | None = None
         self._identity = b""
         self._changed_cipher = False
+        self._in_order = False  # a ChangeCipherSpec has come behind the ClientKeyExchange
         self._early: list[bytes] = []
         self._rest: tuple[bytes, Sequence[Record]] = (b"", ())
         self._key: PskKey | None = None
@@ -235,6 +239,7 @@ class PskHandshake:
                 return self._take_key_exchange(fragment)
             case wire.CHANGE_CIPHER_SPEC if fragment == _CHANGE:
                 self._changed_cipher = True
+                self._in_order = self._reader is None
                 return self._recall()
             case wire.ALERT if fragment == _CLOSE_NOTIFY or (len(fragment) == 2 and fragment[0] == _FATAL):
                 return End.HANDSHAKE_FAILED
@@ -265,9 +270,11 @@ class PskHandshake:
                 self._early.append(datagram[record.start : record.end])
             return None
         plain = protection.verified(datagram, record)
-        if plain is None:
-            return self._refuse(wire.ALERT_BAD_RECORD_MAC, End.WRONG_KEY)
-        return self._finish(protection, plain)
+        if plain is not None:
+            return self._finish(protection, plain)
+        if not self._in_order or record.end - record.start != protection.overhead + _FINISHED_SIZE:
+            return None
+        return self._refuse(wire.ALERT_BAD_RECORD_MAC, End.WRONG_KEY)
 
     def _recall(self) -> Outcome:
         """Look again at what came under the keys before it could be read; what does not verify is nobody's word."""

@@ -41,6 +41,7 @@ ALERT_INTERNAL_ERROR: Final = 80
 DTLS_12: Final = b"\xfe\xfd"
 _DTLS_10: Final = b"\xfe\xff"
 _RANDOM: Final = 32
+_SESSION_ID: Final = 32
 _LAST_HELLO: Final = 2  # the first ClientHello has number 0, the one with the cookie 1, or 2 after a second cookie
 
 # RFC 4279 §2, RFC 5489 §2: suites whose ClientKeyExchange begins with the identity. Of these ours are PSK with
@@ -145,9 +146,12 @@ def read_client_hello(datagram: bytes) -> ClientHello | None:
 
 
 def read_offer(hello: ClientHello) -> Offer | None:
-    """The suites and compression methods of a ClientHello; None where half a suite is among them, or no method."""
+    """The suites and compression methods of a ClientHello; None where half a suite is among them, or no method, or its
+    session id is longer than any (RFC 5246 §7.4.1.2)."""
     parameters = hello.parameters
     at = 2 + _RANDOM
+    if parameters[at] > _SESSION_ID:
+        return None
     at += 1 + parameters[at]
     size = parameters[at] << 8 | parameters[at + 1]
     at += 2

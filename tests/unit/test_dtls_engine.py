@@ -324,6 +324,19 @@ def test_records_of_the_next_epoch_are_bounded() -> None:
     assert isinstance(server.last, Ended | IdentityNeeded)
 
 
+@pytest.mark.parametrize("suite", [b"PSK-AES128-CCM8", b"ECDHE-PSK-CHACHA20-POLY1305"], ids=bytes.decode)
+def test_of_a_datagram_some_records_are_looked_at(suite: bytes) -> None:
+    """What waits for a key is thus bounded, whatever a datagram consists of."""
+    server = psk_server(suites=suite)
+    [flight] = server.to_client()
+    empty = b"\x16\xfe\xfd" + bytes(10)
+    server.feed([empty * 64 + flight])
+    assert server.events == []
+    server.feed([empty * 20 + flight])
+    server.key()
+    assert isinstance(server.last, Established)
+
+
 def test_our_last_flight_is_sent_again_to_a_client_that_missed_it() -> None:
     server = psk_server()
     [flight] = server.to_client()

@@ -181,6 +181,13 @@ def test_what_it_understands_is_answered_and_nothing_else(asked: bytes | None, a
     assert server_hello(server.flight[0]) == (0x00A8, answered)
 
 
+@pytest.mark.parametrize("length", [0, 1, 32])
+def test_no_session_is_resumed(length: int) -> None:
+    """RFC 5246 §7.4.1.3: an empty session id says so."""
+    flight = Server(hello(session_id=bytes(length))).flight
+    assert pieces(flight[0])[0][59] == 0
+
+
 def test_the_signal_for_secure_renegotiation_is_answered_as_its_extension_is() -> None:
     assert server_hello(Server(hello(suites=b"\x00\xff\x00\xa8")).flight[0]) == (0x00A8, RENEGOTIATION)
 
@@ -204,6 +211,7 @@ def test_the_clients_order_decides() -> None:
         (hello(b"\0\x17\0\4\0"), ALERT_DECODE_ERROR),
         (hello(compressions=b"\1"), ALERT_ILLEGAL_PARAMETER),  # RFC 5246 §7.4.1.2: null is among them
         (hello(compressions=b""), None),
+        (hello(session_id=bytes(33)), ALERT_DECODE_ERROR),  # RFC 5246 §7.4.1.2: 32 bytes at the most
         (hello(version=b"\xfe\xff"), ALERT_PROTOCOL_VERSION),
         (hello(version=b"\x03\x03"), ALERT_PROTOCOL_VERSION),
     ],
@@ -303,6 +311,38 @@ def test_a_wrong_key_is_told_and_proves_nothing(together: bool) -> None:
     answer = flight.server.feed(*([b"".join(records)] if together else records), key=bytes(32))
     assert flight.server.events[-1] == Ended(End.WRONG_KEY)
     assert alert(answer) == 20
+
+
+@pytest.mark.parametrize("more", [-1, 1, 5])
+def test_what_cannot_be_a_finished_says_nothing_of_the_key(more: int) -> None:
+    """Under whatever key: it has another size."""
+    flight = Flight()
+    garbage = sealed(os.urandom(len(flight.finished) - 13 + more))
+    assert flight.server.feed(flight.exchange, flight.change, garbage) == []
+    flight.server.feed(flight.finished)
+    assert flight.proven
+
+
+def test_a_change_cipher_spec_from_before_the_keys_lets_no_garbage_end_the_handshake() -> None:
+    """A stranger could have sent both at any time. OpenSSL discards such a ChangeCipherSpec; a Finished is taken."""
+    flight = Flight()
+    garbage = sealed(os.urandom(len(flight.finished) - 13))
+    assert flight.server.feed(flight.change, garbage, flight.exchange, garbage) == []
+    flight.server.feed(flight.finished)
+    assert flight.proven
+
+
+def sealed(fragment: bytes) -> bytes:
+    """A record of the handshake that says it is under the keys."""
+    return b"\x16\xfe\xfd\0\1" + bytes(6) + len(fragment).to_bytes(2, "big") + fragment
+
+
+def test_a_wrong_key_is_told_though_the_change_came_early() -> None:
+    """With the client's flight again, in which it comes behind the ClientKeyExchange."""
+    flight = Flight(key=bytes(32))
+    assert flight.server.feed(flight.change, flight.exchange, flight.finished) == []
+    assert alert(flight.server.feed(flight.exchange + flight.change + flight.finished)) == 20
+    assert flight.server.events[-1] == Ended(End.WRONG_KEY)
 
 
 def test_a_handshake_that_was_changed_on_its_way_is_not_proved() -> None:

@@ -4,7 +4,8 @@ A certificate is identified by the SHA-256 of its DER. A chain is a tuple of DER
 issuer of the one before (the order in which TLS sends them, RFC 8446 §4.4.2).
 
 A foreign certificate is one that a customer's own CA made. Gatehouse does not judge its chain, because it does not
-know the CA; it only needs to read it safely, keep its fingerprint and dates, and refuse what could never work in TLS.
+know the CA; it only needs to read it safely, keep its fingerprint and dates, and refuse what could never work in TLS,
+or was not made for a client: DTLS refuses these in the handshake, where nobody learns why (adapters/dtls/context.py).
 Names in it are somebody else's text: they are escaped and cut before anybody sees them.
 
 Pure. Bad input raises BadCertificate, whatever the bytes, and nothing else.
@@ -13,7 +14,7 @@ Pure. Bad input raises BadCertificate, whatever the bytes, and nothing else.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -27,7 +28,18 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from cryptography.utils import CryptographyDeprecationWarning
 
-from certs.der import CONTEXT_0, INTEGER, SEQUENCE, MalformedDer, read_der
+from certs.der import (
+    BIT_STRING,
+    CONTEXT_0,
+    INTEGER,
+    OBJECT_IDENTIFIER,
+    OCTET_STRING,
+    SEQUENCE,
+    Element,
+    MalformedDer,
+    dotted,
+    read_der,
+)
 from certs.names import name_text, read_name
 from certs.pem import MalformedPem, read_blocks, write_block
 
@@ -49,6 +61,14 @@ _UNREADABLE: Final = (
 )
 
 
+_KEY_USAGE: Final = "2.5.29.15"
+_EXTENDED_KEY_USAGE: Final = "2.5.29.37"
+_USAGES: Final = (_KEY_USAGE, _EXTENDED_KEY_USAGE)
+_DIGITAL_SIGNATURE: Final = 0x80  # RFC 5280 §4.2.1.3: bit 0, counted from the left
+_FOR_CLIENTS: Final = frozenset(("1.3.6.1.5.5.7.3.2", "2.5.29.37.0"))  # clientAuth, anyExtendedKeyUsage
+_EXTENSIONS: Final = 0xA3  # RFC 5280 §4.1: extensions [3] EXPLICIT
+
+
 class CertificateFault(Enum):
     """What a refused certificate failed on: a stable word for logs and counters."""
 
@@ -58,6 +78,7 @@ class CertificateFault(Enum):
     MALFORMED = "malformed"
     KEY = "key"
     VALIDITY = "validity"
+    USAGE = "usage"
 
 
 class BadCertificate(ValueError):
@@ -165,7 +186,7 @@ def pkcs7_base64(certificates: Sequence[bytes]) -> bytes:
 def read_foreign_certificate(pem: bytes) -> ForeignCertificate:
     """Reads the one certificate of a PEM text, made by any CA or self-signed. Raises BadCertificate.
 
-    Its chain and its dates are not judged: whether it is valid *now* is for each connection to decide.
+    Its chain and its dates are not judged: whether it is valid *now* is for each connection to decide. Its usages are.
     """
     if len(pem) > MAXIMUM_CERTIFICATE_BYTES:
         raise BadCertificate(
@@ -178,7 +199,9 @@ def read_foreign_certificate(pem: bytes) -> ForeignCertificate:
             CertificateFault.NOT_A_CERTIFICATE,
             f"{len(certificates)} certificates; exactly one is allowed, the device's own without its chain",
         )
-    return describe_certificate(certificates[0])
+    described = describe_certificate(certificates[0])
+    _check_usages(certificates[0])
+    return described
 
 
 def describe_certificate(der: bytes) -> ForeignCertificate:
@@ -209,6 +232,57 @@ def describe_certificate(der: bytes) -> ForeignCertificate:
         not_after=not_after,
         public_key_kind=_describe_key(key),
     )
+
+
+def _check_usages(encoded: bytes) -> None:
+    """Refuse a certificate that says that it is not for a TLS client that signs. One that says nothing is for anything
+    (RFC 5280 §4.2.1.3, §4.2.1.12)."""
+    try:
+        usages = dict(_usages(read_der(encoded)))
+        key_usage, purposes = usages.get(_KEY_USAGE), usages.get(_EXTENDED_KEY_USAGE)
+        if key_usage is not None and (key_usage.tag != BIT_STRING or not any(key_usage.contents[1:])):
+            raise MalformedDer("keyUsage is not a bit string with at least one bit set")
+        if purposes is not None and (
+            purposes.tag != SEQUENCE
+            or not purposes.parts
+            or any(part.tag != OBJECT_IDENTIFIER for part in purposes.parts)
+        ):
+            raise MalformedDer("extendedKeyUsage is not a sequence of purposes")
+    except MalformedDer as error:
+        raise BadCertificate(
+            CertificateFault.MALFORMED, f"the usages of the certificate cannot be read: {error}"
+        ) from None
+    if purposes is not None and _FOR_CLIENTS.isdisjoint(dotted(part) for part in purposes.parts):
+        raise BadCertificate(
+            CertificateFault.USAGE,
+            "the certificate is not for clients: its extended key usage has neither clientAuth nor "
+            "anyExtendedKeyUsage; have it issued with clientAuth, or without that extension",
+        )
+    if key_usage is not None and not key_usage.contents[1] & _DIGITAL_SIGNATURE:
+        raise BadCertificate(
+            CertificateFault.USAGE,
+            "the certificate is not for signing: its key usage is without digitalSignature, with which a TLS client "
+            "proves its key; have it issued with digitalSignature, or without that extension",
+        )
+
+
+def _usages(certificate: Element) -> Iterator[tuple[str, Element]]:
+    """Both usages, where they are; neither may be repeated (RFC 5280 §4.2). Raises MalformedDer."""
+    wrapped = next((part for part in certificate.parts[0].parts if part.tag == _EXTENSIONS), None)
+    if wrapped is None:
+        return
+    seen: set[str] = set()
+    for extension in wrapped.parts[0].parts if wrapped.parts else ():
+        parts = extension.parts
+        if len(parts) not in (2, 3) or parts[0].tag != OBJECT_IDENTIFIER or parts[-1].tag != OCTET_STRING:
+            raise MalformedDer("an extension does not have the structure of RFC 5280")
+        name = dotted(parts[0])
+        if name not in _USAGES:
+            continue
+        if name in seen:
+            raise MalformedDer("an extension is repeated")
+        seen.add(name)
+        yield name, read_der(parts[-1].contents)
 
 
 def _load(der: bytes) -> x509.Certificate:

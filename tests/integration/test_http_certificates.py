@@ -380,6 +380,22 @@ async def test_what_is_no_certificate_is_not_registered(api: Api) -> None:  # no
             refused(await operator.delete(f"{BASE}/devices/certs/{text}"), 404, "NOT_FOUND")
 
 
+async def test_a_certificate_that_is_for_servers_is_refused_when_it_is_registered(api: Api) -> None:  # noqa: F811
+    """Not later, in a handshake that cannot say why."""
+    device = await api.registered("HW-x", credential_type="x509")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "press")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now()).not_valid_after(now() + timedelta(days=1))
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    text = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
+    async with api.operator() as operator:
+        answer = await operator.post(f"{BASE}/devices/{device['device_id']}/certs", json={"certificate": text})
+        refused(answer, 400, "INVALID_ARGUMENT")
+        assert "has neither clientAuth nor anyExtendedKeyUsage" in answer.json()["message"]
+        assert (await operator.get(f"{BASE}/devices/certs")).json()["certificates"] == []
+
+
 async def test_every_flow_that_takes_a_request_answers_a_certificate(api: Api) -> None:  # noqa: F811
     async with api.operator() as operator, api.client() as anybody:
         body = {"name": "D", "hardware_id": "HW-1", "credential_type": "x509", "csr": Device.new().csr()}

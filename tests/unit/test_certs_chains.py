@@ -6,6 +6,7 @@ import base64
 import random
 import shutil
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -15,10 +16,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from OpenSSL.crypto import X509
 
+from adapters.dtls.context import certificate_fault
 from certs.authority import Authority, make_issuing, make_root
 from certs.chains import (
     BadCertificate,
@@ -43,9 +46,16 @@ OTHER = make_root("Other", NOW, RANDOM)
 KEY = ec.derive_private_key(8, ec.SECP256R1())
 
 
-def self_signed(key=KEY, name: str = "foreign", serial: int = 1, begin: datetime = NOW, days: int = 10) -> bytes:
+def self_signed(
+    key=KEY,
+    name: str = "foreign",
+    serial: int = 1,
+    begin: datetime = NOW,
+    days: int = 10,
+    extensions: Sequence[x509.ExtensionType] = (),
+) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    return (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(subject)
@@ -53,9 +63,10 @@ def self_signed(key=KEY, name: str = "foreign", serial: int = 1, begin: datetime
         .serial_number(serial)
         .not_valid_before(begin)
         .not_valid_after(begin + timedelta(days=days))
-        .sign(key, hashes.SHA256())
-        .public_bytes(Encoding.DER)
     )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
 def refused(data: bytes, fault: CertificateFault) -> str:
@@ -173,6 +184,57 @@ def test_what_is_not_one_usable_certificate_is_refused(text: bytes, fault: Certi
     refused(text, fault)
 
 
+def usage(**bits: bool) -> x509.KeyUsage:
+    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    more = ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    return x509.KeyUsage(**dict.fromkeys((*names, *more), False) | bits)
+
+
+SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+USAGES: dict[str, tuple[list[x509.ExtensionType], bool]] = {
+    "none": ([], True),
+    "others": ([x509.BasicConstraints(False, None), x509.SubjectAlternativeName([x509.DNSName("a")])], True),
+    "for clients": ([usage(digital_signature=True), x509.ExtendedKeyUsage([CLIENT])], True),
+    "for both": ([x509.ExtendedKeyUsage([SERVER, CLIENT])], True),
+    "for anything": ([x509.ExtendedKeyUsage([ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE])], True),
+    "for servers": ([x509.ExtendedKeyUsage([SERVER])], False),
+    "for mail": ([usage(digital_signature=True), x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])], False),
+    "for key agreement": ([usage(key_agreement=True), x509.ExtendedKeyUsage([CLIENT])], False),
+    "for an authority": ([usage(key_cert_sign=True, crl_sign=True)], False),
+    "in the second octet": ([usage(key_agreement=True, decipher_only=True)], False),
+}
+
+
+@pytest.mark.parametrize("kind", [*USAGES])
+def test_a_certificate_that_says_that_it_is_for_something_else_is_refused_as_in_a_dtls_handshake(kind: str) -> None:
+    extensions, usable = USAGES[kind]
+    der = self_signed(extensions=extensions)
+    if usable:
+        assert read_foreign_certificate(bundle([der])).der == der
+    else:
+        assert "the certificate is not for" in refused(bundle([der]), CertificateFault.USAGE)
+    fault = certificate_fault(X509.from_cryptography(x509.load_der_x509_certificate(der)))
+    assert (fault is None) == usable
+    assert describe_certificate(der).der == der  # what is registered already stays readable
+
+
+def test_usages_that_are_no_usages_are_refused() -> None:
+    der = self_signed(extensions=[usage(digital_signature=True), x509.ExtendedKeyUsage([SERVER, CLIENT])])
+    bits = bytes.fromhex("03020780")
+    purposes = bytes.fromhex("301406082b0601050507030106082b06010505070302")
+    for before, after in (
+        (bits, bytes.fromhex("03020700")),
+        (bits, bytes.fromhex("04020780")),
+        (bits, bytes.fromhex("03030780")),
+        (purposes, b"\x31" + purposes[1:]),
+        (purposes, purposes.replace(b"\x06\x08", b"\x04\x08")),
+    ):
+        assert der.count(before) == 1
+        refused(bundle([der.replace(before, after)]), CertificateFault.MALFORMED)
+    twice = der.replace(bytes.fromhex("0603551d25"), bytes.fromhex("0603551d0f"))
+    refused(bundle([twice]), CertificateFault.MALFORMED)
+
+
 def test_a_serial_that_is_not_positive_is_refused() -> None:
     der = self_signed(serial=0x7A)
     at = der.index(b"\x02\x01\x7a")
@@ -193,7 +255,7 @@ def test_endless_bundles_are_refused() -> None:
 
 
 def test_a_certificate_cut_or_bent_anywhere_gives_the_declared_error_only() -> None:
-    der = self_signed()
+    der = self_signed(extensions=[usage(digital_signature=True), x509.ExtendedKeyUsage([CLIENT])])
     source = random.Random(4)
     for at in range(len(der)):
         with pytest.raises(BadCertificate):
@@ -201,7 +263,7 @@ def test_a_certificate_cut_or_bent_anywhere_gives_the_declared_error_only() -> N
         bent = bytearray(der)
         bent[at] ^= source.randrange(1, 256)
         try:
-            describe_certificate(bytes(bent))  # whoever signed it is not our question
+            read_foreign_certificate(bundle([bytes(bent)]))  # whoever signed it is not our question
         except BadCertificate:
             pass
 

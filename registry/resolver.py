@@ -5,10 +5,11 @@
     PskIdentity ──────┘  (cache, batch)          │ reason
       offer ► handshake ► confirm                └──► Unauthenticated(reason): one face outside
 
-Look-ups that arrive together become one query. A bounded cache remembers living credentials; the revocation feed drops
-entries, and while the feed is not trusted the cache is not asked. The cache can only save the *first* look-up: before a
-session is admitted its credential is read again from the database, after the session is in the table (`recheck`). So a
-revocation either commits before that reading, which then refuses, or after it, and then finds the session in the table.
+Look-ups that arrive together become one query, and first uses stand in a line. A bounded cache remembers living
+credentials; the revocation feed drops entries, and while the feed is not trusted the cache is not asked. The cache can
+only save the *first* look-up: before a session is admitted its credential is read again from the database, after the
+session is in the table (`recheck`). So a revocation either commits before that reading, which then refuses, or after
+it, and then finds the session in the table.
 
 A PSK is needed before it is proved. `offer` gives a key for any identity: an unknown one gets a random key, so the
 handshake fails exactly as it does for a wrong key. `confirm` is called when the handshake has verified. An identity is
@@ -39,7 +40,7 @@ from certs.chains import BadCertificate, describe_certificate
 from certs.renewal import GRACE, ValidityState, validity_state
 from registry import secrets
 from registry.batching import Batcher
-from registry.errors import Unauthenticated, Unavailable
+from registry.errors import RegistryError, Unauthenticated, Unavailable
 from registry.events import EventKind
 from registry.model import (
     ApiKey,
@@ -67,6 +68,9 @@ _LOOKUP_BATCH = 256
 """Look-ups in one query; more only lengthens the wait of the first."""
 _FORGOTTEN_KEPT = 10_000
 """Devices whose last forgetting is remembered: many times what a reading of milliseconds can overlap with."""
+_FIRST_USES = 32
+"""Of these one runner records in a row. A fleet that is switched on for the first time thus takes a few connections of
+the pool, not all of them until others' wait for one is over."""
 _LOOKUP_QUEUE = 50_000
 """Waiting look-ups: a reconnect storm of a full node; beyond it new arrivals are told to come later."""
 
@@ -127,6 +131,9 @@ class Resolver:
         )
         self._rechecks: Batcher[CredentialId, CredentialState | None] = Batcher(
             "credential recheck", self._read_again, max_items=_LOOKUP_BATCH, max_queued=_LOOKUP_QUEUE, runners=2
+        )
+        self._first_uses: Batcher[tuple[CredentialState, Contact], None] = Batcher(
+            "first use", self._record_first_uses, max_items=_FIRST_USES, max_queued=_LOOKUP_QUEUE, runners=2
         )
 
     async def admit(self, evidence: ApiKey | ClientCertificate, contact: Contact) -> Identity:
@@ -221,7 +228,7 @@ class Resolver:
             raise self._refuse(None, "credential deleted", contact, identity)
         confirmed = self._identity(state, contact)
         if state.first_used_at is None or _is_news(state, contact):
-            await self._record_first_use(state, contact)
+            await self._first_uses.submit((state, contact))
         self.counters.admitted += 1
         return confirmed
 
@@ -246,6 +253,7 @@ class Resolver:
         """Finish what is under way."""
         await self._lookups.stop()
         await self._rechecks.stop()
+        await self._first_uses.stop()
 
     # -- look-ups --------------------------------------------------------------------------------------------------
 
@@ -280,6 +288,21 @@ class Resolver:
     async def _issued_here(self, state: CredentialState) -> bool:
         async with self._database.connection() as connection:
             return await certificates.of_credential(connection, state.tenant_id, state.credential_id) is not None
+
+    async def _record_first_uses(
+        self, uses: Sequence[tuple[CredentialState, Contact]]
+    ) -> Sequence[RegistryError | None]:
+        """Each credential once, each in a transaction of its own: it locks its device, and fails alone."""
+        outcomes: dict[CredentialId, RegistryError | None] = {}
+        for state, contact in uses:
+            if state.credential_id in outcomes:
+                continue
+            outcomes[state.credential_id] = None
+            try:
+                await self._record_first_use(state, contact)
+            except RegistryError as error:
+                outcomes[state.credential_id] = error
+        return [outcomes[state.credential_id] for state, _ in uses]
 
     async def _record_first_use(self, state: CredentialState, contact: Contact) -> None:
         async with self._database.transaction() as connection:

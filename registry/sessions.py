@@ -65,6 +65,17 @@ class Closer(Protocol):
         """End it now. Must not fail, and may be called at any time, more than once."""
 
 
+class _Gone:
+    """The closer of a session that has ended. Who was it holds the session too: that cycle ends here."""
+
+    async def close(self, reason: str) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+_GONE = _Gone()
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One authenticated connection. Adapters hold it and check `closed` before they act for it."""
@@ -153,6 +164,7 @@ class SessionTable:
             self._observer.session_closed(session.contact.transport, reason)
         session.closed = True
         session.live = False
+        session.closer = _GONE
         if self._by_id.pop(session.session_id, None) is None:
             return
         siblings = self._by_device[session.device_id]
@@ -318,11 +330,12 @@ class SessionTable:
         heapq.heappush(self._expiries, (session.identity.expires_at, session.session_id.int, session.session_id))
 
     async def _close_one(self, session: Session, reason: str) -> float:
+        closer = session.closer
         try:
             async with asyncio.timeout(self._polite_seconds):
-                await session.closer.close(reason)
+                await closer.close(reason)
         except Exception:  # the end of a connection: however the polite way failed, the abrupt one remains
-            session.closer.abort()
+            closer.abort()
         finally:
             self.ended(session)
         return time.monotonic()

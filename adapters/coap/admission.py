@@ -280,8 +280,7 @@ class Guest:
         self._endpoint = endpoint
         self._left = left
         self._loop = admission.loop
-        self._peer = endpoint.open(association, held=True)
-        self._peer.context = self
+        endpoint.open(association, held=True).context = self
         self._end: asyncio.TimerHandle | None = None
         self._deciding: asyncio.Task[Role | RegistryError] | None = None
         self.until = self._loop.time() + admission.limits.provisioning_seconds
@@ -362,12 +361,12 @@ class Guest:
         except Unauthenticated as error:
             admission.counters.refused += 1
             if not self.gone:  # with the id under which the reason was noted
-                self._endpoint.refuse(self._peer, error_response(error, contact.correlation_id))
+                self._endpoint.refuse(self.association.association_id, error_response(error, contact.correlation_id))
                 self.end_in(admission.limits.refused_linger)
             return error
         except RegistryError as error:
             self._deciding = None  # the next request asks again, and those that are held now
-            self._endpoint.admit(self._peer, known=False)
+            self._endpoint.admit(self.association.association_id, known=False)
             return error
         self.role = role
         if isinstance(role, Device):
@@ -376,7 +375,7 @@ class Guest:
         if self.gone:  # it left while it was being admitted
             admission.leave(self)
         else:
-            self._endpoint.admit(self._peer, known=isinstance(role, Device))
+            self._endpoint.admit(self.association.association_id, known=isinstance(role, Device))
         return role
 
 

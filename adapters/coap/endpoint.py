@@ -198,9 +198,12 @@ class CoapEndpoint:
 
     # Admission --------------------------------------------------------------------------------------------------------
 
-    def admit(self, peer: EndpointPeer, *, known: bool = True) -> None:
+    def admit(self, association_id: str, *, known: bool = True) -> None:
         """Handle what a held peer has asked meanwhile, and all it asks from now on. `known`: it is a device, and no
-        stranger any longer; this may be said later too."""
+        stranger any longer; this may be said later too. Nothing happens when it is gone."""
+        peer = self._peers.get(association_id)
+        if peer is None:
+            return
         if known:
             peer._machine.becomes_known()
         if peer.state is not PeerState.HELD:
@@ -214,9 +217,10 @@ class CoapEndpoint:
             self._serve(peer, event, now)
         self._work(peer, now)
 
-    def refuse(self, peer: EndpointPeer, response: Response) -> None:
+    def refuse(self, association_id: str, response: Response) -> None:
         """Answer with this whatever a held peer has asked, and whatever it asks from now on. It stays open."""
-        if peer.state is not PeerState.HELD:
+        peer = self._peers.get(association_id)
+        if peer is None or peer.state is not PeerState.HELD:
             return
         peer.state = PeerState.REFUSED
         peer._refusal = response

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -146,6 +148,22 @@ async def test_sessions_are_seen_kicked_and_gone_with_their_association(coap: Ru
     assert (await coap.get(f"/devices/{device.device_id}"))["status"] == "active", (
         "an association says nothing of its end"
     )
+
+
+async def test_what_an_association_leaves_behind_needs_no_garbage_collector(coap: Running) -> None:
+    """Guest and session name each other, and thousands of them may come and go each second."""
+    device = await coap.device()
+    gc.disable()
+    try:
+        async with coap.client(device) as client:
+            await client.get("/time")
+            [guest] = map(weakref.ref, coap.server._guests.values())
+            assert guest() is not None
+            client.socket.client.connection.shutdown()
+            client.socket.out(client.socket.client.written())
+            await until(lambda: guest() is None)
+    finally:
+        gc.enable()
 
 
 async def test_requests_wait_for_the_verdict_and_a_passing_failure_is_asked_again(

@@ -160,14 +160,14 @@ async def test_a_held_peers_requests_wait_for_admission(bench: Bench) -> None:
     bench.asks(wire)
     await bench.settles()
     assert (bench.handler.requests, wire.codes()) == ([], [])
-    bench.endpoint.admit(peer)
+    bench.endpoint.admit(peer.peer_id)
     bench.asks(wire)  # still two in flight
     await bench.settles()
     assert wire.codes() == ["5.03", "2.04", "2.04"]
     bench.asks(wire)
     await bench.settles()
     assert wire.codes() == ["2.04"]
-    bench.endpoint.refuse(peer, Response(Code.UNAUTHORIZED))  # too late, and no matter
+    bench.endpoint.refuse(peer.peer_id, Response(Code.UNAUTHORIZED))  # too late, and no matter
     bench.asks(wire)
     await bench.settles()
     assert wire.codes() == ["2.04"]
@@ -176,7 +176,7 @@ async def test_a_held_peers_requests_wait_for_admission(bench: Bench) -> None:
 async def test_a_refused_peer_is_told_so_whatever_it_asks(bench: Bench) -> None:
     wire, peer = bench.open(held=True)
     bench.asks(wire)
-    bench.endpoint.refuse(peer, Response(Code.UNAUTHORIZED))
+    bench.endpoint.refuse(peer.peer_id, Response(Code.UNAUTHORIZED))
     bench.asks(wire, Code.GET, observe=0)
     await bench.settles()
     assert wire.codes() == ["4.01", "4.01"]
@@ -190,7 +190,7 @@ async def test_more_than_a_held_peer_may_ask_is_told_to_wait() -> None:
         bench.asks(wire)
     assert wire.codes() == ["5.03"]
     bench.endpoint.close("a")
-    bench.endpoint.admit(peer)  # gone meanwhile
+    bench.endpoint.admit(peer.peer_id)  # gone meanwhile
     await bench.settles()
     assert bench.handler.requests == []
     await bench.endpoint.drain(0)

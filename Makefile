@@ -5,7 +5,6 @@
 # PYTHON=…          the interpreter for .venv (any ≥ 3.11); ARGS=… goes to the demo, the benchmark or pytest
 
 PY := .venv/bin/python
-PYTEST := $(PY) -m pytest -p tests.parts
 
 .PHONY: run test lint unit integration bench clean
 .NOTPARALLEL:
@@ -16,7 +15,8 @@ run:
 
 test:
 	@PYTHON="$(PYTHON)" .ci/environment test
-	@missing=$$(sh tests/parts.sh) && MISSING_PARTS="$$missing" $(MAKE) --no-print-directory lint unit integration
+	@missing=$$(sh tests/parts.sh) && export MISSING_PARTS="$$missing" && \
+		$(MAKE) --no-print-directory lint && exec $(PY) -m tests unit integration -- $(ARGS)
 
 lint:
 	@PYTHON="$(PYTHON)" .ci/environment test
@@ -27,11 +27,11 @@ lint:
 
 unit:
 	@PYTHON="$(PYTHON)" .ci/environment test
-	$(PYTEST) tests/unit $(ARGS)
+	@exec $(PY) -m tests unit -- $(ARGS)
 
 integration:
 	@PYTHON="$(PYTHON)" .ci/environment test
-	$(PYTEST) tests --ignore=tests/unit --ignore=tests/bench $(ARGS)
+	@exec $(PY) -m tests integration -- $(ARGS)
 
 bench:
 	@PYTHON="$(PYTHON)" .ci/environment test

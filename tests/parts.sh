@@ -1,7 +1,7 @@
 #!/bin/sh
 # The third-party programs that tests use. Finds them; as root on Debian or Ubuntu installs what is missing; otherwise
-# says which tests will not run. Prints the names of what is missing at the end, on one line of standard output (tests/
-# parts.py reads it from MISSING_PARTS); talks on standard error. With CI=true a missing part is a failure.
+# says which tests will not run. Prints the names of what is missing at the end, on one line of standard output (`make`
+# hands it to tests/__main__.py in MISSING_PARTS); talks on standard error. With CI=true a missing part is a failure.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -44,6 +44,8 @@ from tests.coap_server import CBOR, CoapDevice, Running, claim_context, key_byte
 from tests.dtls_peers import certificate_client_context, make_client_certificate, refusal
 from tests.http_api import BASE, Api, api, now, running_api  # noqa: F401
 
+pytestmark = pytest.mark.alone
+
 CERTIFICATES = ("unknown", "revoked", "expired", "inactive")
 SAMPLES = int(os.environ.get("GATEHOUSE_COAP_REFUSALS", "30"))
 TOLERANCE = 0.08 if SAMPLES >= 300 else 0.2

@@ -40,6 +40,8 @@ from tests.tls_peers import client_context, connect
 
 __all__ = ["api"]
 
+pytestmark = pytest.mark.alone
+
 SAMPLES = 10_002
 """Of all kinds of one comparison together."""
 TOLERANCE = 0.15

@@ -1,0 +1,111 @@
+"""`make test`'s own rules: which parts there are, what their exit statuses come to, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.__main__ import NOTHING_COLLECTED, Part, Run, tiers_of, worst
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_integration_is_run_beside_each_other_and_then_alone() -> None:
+    (unit,), (beside, alone) = tiers_of(["unit", "integration"], ["-q"], 3)
+    assert unit.arguments == ("tests/unit", "-q")
+    assert beside.arguments[-7:] == ("-m", "not alone", "-n", "3", "--dist", "loadfile", "-q")
+    assert alone.arguments[-3:] == ("-m", "alone", "-q")
+    assert "-n" not in alone.arguments
+    for part in (beside, alone):
+        assert part.arguments[:3] == ("tests", "--ignore=tests/unit", "--ignore=tests/bench")
+
+
+def test_places_are_run_once_as_they_are_named_whatever_the_tiers() -> None:
+    arguments = ["-s", "tests/integration/test_kills.py::test_a"]
+    ((part,),) = tiers_of(["unit", "integration"], arguments, 3)
+    assert list(part.arguments) == arguments
+
+
+def test_other_tiers_there_are_none() -> None:
+    with pytest.raises(ValueError, match="'units' is neither"):
+        tiers_of(["units"], [], 3)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ([0, 0, 0], 0),
+        ([0, 1, 0], 1),
+        ([1, 137], 137),
+        ([NOTHING_COLLECTED, 0], 0),  # -k names a test of one part
+        ([NOTHING_COLLECTED, 1], 1),
+        ([NOTHING_COLLECTED, NOTHING_COLLECTED], NOTHING_COLLECTED),  # a name that nobody has
+        ([], NOTHING_COLLECTED),
+    ],
+)
+def test_the_exit_status_is_the_worst(statuses: list[int], expected: int) -> None:
+    assert worst(statuses) == expected
+
+
+def gone(pid: int) -> bool:
+    """Whether it has ended, or is about to: it may be a zombie that nobody waits for."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+LEAVES_A_PROCESS = """
+import subprocess, sys
+def test_that_does_not_tidy_up():
+    subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(300)"],
+                     stdout=subprocess.PIPE).stdout.readline()
+"""
+
+
+def test_what_a_test_leaves_running_is_killed_and_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tests.__main__.GRACE", 0.1)
+    (tmp_path / "test_one.py").write_text(LEAVES_A_PROCESS)
+    run = Run()
+    run.part(Part("one", (str(tmp_path), "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path))))
+    assert run.status == 1
+    said = capsys.readouterr().out
+    assert "left running" in said
+    left = int(said.split("left running")[1].split("\n")[1].split(":")[0])
+    assert gone(left)
+
+
+INTERRUPTED = """
+import subprocess, sys
+def test_that_waits(tmp_path):
+    server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    open({started!r}, "w").write(str(server.pid))
+    server.wait()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_nothing_running(tmp_path: Path, signum: signal.Signals) -> None:
+    """As Ctrl-C does it: the signal goes to the whole process group, SIGTERM to the run alone."""
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    (tmp_path / "test_one.py").write_text(INTERRUPTED.format(started=str(started)))
+    place = f"tests/{os.path.relpath(tmp_path, ROOT / 'tests')}"
+    command = [sys.executable, "-m", "tests", "unit", "integration", "--", place, "-p", "no:cacheprovider"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        pid = int(started.read_text())
+        if signum is signal.SIGINT:
+            os.killpg(run.pid, signum)
+        else:
+            run.send_signal(signum)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + signal.SIGINT, said
+    assert gone(pid)

@@ -22,7 +22,7 @@ Invariants
   subscriptions nor a queue: it is owned, fenced, forfeited and orphaned like any other, and never resumed.
 - Whether a revocation concerns a session is asked of the credential that opened it, when the revocation is followed,
   when the session is taken, and by a sweep: a lost event may delay the dropping, never cancel it. The end of a
-  credential by rotation drops nothing.
+  credential by rotation drops nothing; it is its successors' revocation then that counts.
 - Of a will that is asked again when it is due, and once more in the transaction that publishes it. So its connection
   may end in any way, before the revocation is followed or after: what was revoked says nothing more.
 

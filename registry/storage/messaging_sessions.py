@@ -25,8 +25,9 @@ from registry.model import DeviceId, NodeId, TenantId
 from registry.storage import messaging_routes as routes
 from registry.storage.database import Connection
 
-ROTATED = ["rotated", "superseded", "retired: its successor was used"]
-"""Ends of a credential that are no revocation of its device's rights: what the device was owed stays."""
+ROTATED = ["rotated", "retired: its successor was used"]
+"""Ends of a credential that are no revocation of its device's rights: what the device was owed stays. The registry's
+own words; what an operator may say of a revocation (certs.crl.RevocationReason), `superseded` too, is none of them."""
 
 FORFEITED = """
     EXISTS (SELECT FROM credential c
@@ -34,8 +35,17 @@ FORFEITED = """
               AND c.revoked_at IS NOT NULL AND c.revoked_reason <> ALL ($1::text[]))
     OR EXISTS (SELECT FROM device d
                WHERE d.tenant_id = s.tenant_id AND d.device_id = s.device_id AND d.status = 'inactive')
+    OR EXISTS (SELECT FROM credential c
+               JOIN credential n ON n.tenant_id = c.tenant_id AND n.device_id = c.device_id
+                AND n.credential_id <> c.credential_id AND n.created_at >= c.created_at
+               WHERE c.tenant_id = s.tenant_id AND c.credential_id = s.credential_id
+                 AND n.revoked_at IS NOT NULL AND n.revoked_reason <> ALL ($1::text[])
+                 AND NOT EXISTS (SELECT FROM credential l
+                                 WHERE l.tenant_id = c.tenant_id AND l.device_id = c.device_id
+                                   AND l.revoked_at IS NULL AND (l.expires_at IS NULL OR l.expires_at > now())))
 """
-"""Of a session or a will `s`, with ROTATED as the first argument: what it stands for is over."""
+"""Of a session or a will `s`, with ROTATED as the first argument: what it stands for is over. Its credential was
+revoked; its device is inactive; or its credential gave way to newer ones, one of them was revoked, and none is left."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import pytest
 
+from certs.crl import RevocationReason
 from registry.full_queues import Standstill
 from registry.messaging_values import Message, Opening, Publication, SessionKey, StoredWill
 from registry.model import CredentialId, DeviceId, TenantId
@@ -47,15 +48,24 @@ async def watching(broker: Broker, tenant_id: TenantId, make_device: MakeDevice)
 
 @pytest.fixture
 async def credential_id(database: Database, tenant_id: TenantId, device_id: DeviceId) -> CredentialId:
+    return await credential(database, tenant_id, device_id)
+
+
+async def credential(
+    database: Database, tenant_id: TenantId, device_id: DeviceId, age_seconds: int = 0
+) -> CredentialId:
     made = CredentialId(uuid4())
     async with database.connection() as connection:
         await connection.execute(
-            "INSERT INTO credential (credential_id, tenant_id, device_id, kind, lookup) VALUES ($1, $2, $3, $4, $5)",
+            """
+            INSERT INTO credential (credential_id, tenant_id, device_id, kind, lookup, created_at)
+            VALUES ($1, $2, $3, 'api_key', $4, now() - make_interval(secs => $5))
+            """,
             made,
             tenant_id,
             device_id,
-            "api_key",
             made.bytes,
+            age,
         )
     return made
 
@@ -161,6 +171,59 @@ async def test_the_will_of_what_was_revoked_is_never_published(
     assert await published(broker, tenant_id) == []
     assert await wills(database) == 0
     assert watching.payloads == []
+
+
+@pytest.mark.parametrize("reason", RevocationReason)
+async def test_whatever_reason_an_operator_gives_nothing_is_left_of_the_session(
+    broker: Broker,
+    database: Database,
+    watching: Served,
+    tenant_id: TenantId,
+    device_id: DeviceId,
+    credential_id: CredentialId,
+    reason: RevocationReason,
+) -> None:
+    await lost(broker, opening(device_id, tenant_id, credential_id, EXPIRY))
+    await revoke(database, credential_id, reason.value)
+    assert await published(broker, tenant_id) == []
+    assert await broker.messaging._sessions.drop_forfeited([device_id]) == 1
+
+
+@pytest.mark.parametrize("gave_way", ["rotated", "expired"])
+@pytest.mark.parametrize("left", [False, True])
+async def test_with_its_last_credential_revoked_a_device_has_no_will_of_an_earlier_one(
+    broker: Broker,
+    database: Database,
+    watching: Served,
+    tenant_id: TenantId,
+    device_id: DeviceId,
+    gave_way: str,
+    left: bool,
+) -> None:
+    first = await credential(database, tenant_id, device_id, age=20)
+    second = await credential(database, tenant_id, device_id, age=10)
+    await lost(broker, opening(device_id, tenant_id, first, EXPIRY))
+    if gave_way == "rotated":
+        await revoke(database, first, "rotated")
+    else:
+        async with database.connection() as connection:  # the overlap of a rotation is over
+            await connection.execute("UPDATE credential SET expires_at = now() WHERE credential_id = $1", first)
+    if left:
+        await credential(database, tenant_id, device_id)
+    await revoke(database, second, "stolen")
+    assert await published(broker, tenant_id) == ([b"gone"] if left else [])
+    assert await broker.messaging._sessions.drop_forfeited([device_id]) == (0 if left else 1)
+
+
+async def test_a_revocation_before_a_rotation_is_no_matter_of_the_credential_that_was_rotated(
+    broker: Broker, database: Database, watching: Served, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    stolen = await credential(database, tenant_id, device_id, age=20)
+    await revoke(database, stolen, "stolen")
+    fresh = await credential(database, tenant_id, device_id)
+    await lost(broker, opening(device_id, tenant_id, fresh, EXPIRY))
+    await revoke(database, fresh, "rotated")
+    assert await published(broker, tenant_id) == [b"gone"]
 
 
 @pytest.mark.parametrize("end", ["lost, in memory", "expired"])

@@ -51,9 +51,7 @@ async def credential_id(database: Database, tenant_id: TenantId, device_id: Devi
     return await credential(database, tenant_id, device_id)
 
 
-async def credential(
-    database: Database, tenant_id: TenantId, device_id: DeviceId, age_seconds: int = 0
-) -> CredentialId:
+async def credential(database: Database, tenant_id: TenantId, device_id: DeviceId, age: int = 0) -> CredentialId:
     made = CredentialId(uuid4())
     async with database.connection() as connection:
         await connection.execute(

@@ -71,6 +71,7 @@ _LARGEST_DATAGRAM: Final = 16_384 + 2_048  # RFC 6347 §4.1: one record of the l
 _SWEEPS: Final = 16  # per idle timeout, so that it is kept to within a sixteenth
 _GOODBYES: Final = 64  # in one go when the listener closes
 _TURN: Final = 0.002  # seconds for strangers, before others of the loop: what an exchange of a device may be late
+_PIECE: Final = 16  # datagrams of the living in one go: the database is at work for these while the next are read
 _TICK: Final = 0.05  # by so much a flight may be sent again too late, of the second that OpenSSL waits first
 _FIRST_LOOK: Final = 0.5  # after a handshake's beginning; nothing is due earlier
 _LOOKS: Final = 1.0  # between two at the most
@@ -184,6 +185,7 @@ class DtlsListener:
 
     def _readable(self) -> None:
         bound = self._socket
+        heard = 0
         for _ in range(self.limits.batch):
             if bound is None or self._socket is not bound:
                 return
@@ -193,6 +195,9 @@ class DtlsListener:
                 break
             if address in self._living and address not in self._pending and not is_client_hello(datagram):
                 self.arrived(datagram, address)
+                heard += 1
+                if heard == _PIECE and not self._strangers:
+                    return  # the loop calls again, once it has passed on what these ask for
             elif len(self._strangers) < self.limits.strangers:
                 self._strangers.append((datagram, address))
             else:

@@ -227,7 +227,7 @@ class Resolver:
         if state is None or state.device_id != identity.device_id:
             raise self._refuse(None, "credential deleted", contact, identity)
         confirmed = self._identity(state, contact)
-        if state.first_used_at is None or _is_news(state, contact):
+        if not state.used or _is_news(state, contact):
             await self._first_uses.submit((state, contact))
         self.counters.admitted += 1
         return confirmed
@@ -402,7 +402,7 @@ def psk_seal(state: CredentialState) -> SealContext:
 
 
 def _judge(state: CredentialState, now: datetime) -> str | None:
-    if state.revoked_at is not None:
+    if state.revoked:
         return "credential revoked"
     if state.device_status is DeviceStatus.INACTIVE:
         return "device inactive"

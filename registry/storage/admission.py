@@ -29,14 +29,15 @@ class CredentialState(msgspec.Struct, frozen=True, gc=False):
     version: int
     not_before: datetime | None
     expires_at: datetime | None
-    revoked_at: datetime | None
-    first_used_at: datetime | None
+    revoked: bool
+    used: bool
+    """It has admitted before."""
     gateway_id: DeviceId | None
 
 
 _COLUMNS = """
     c.kind, d.status, c.tenant_id, c.device_id, c.credential_id, c.lookup, c.sealed_key, c.version, c.not_before,
-    c.expires_at, c.revoked_at, c.first_used_at, d.gateway_id
+    c.expires_at, c.revoked_at IS NOT NULL AS revoked, c.first_used_at IS NOT NULL AS used, d.gateway_id
 """
 """In the order of CredentialState's fields."""
 _KINDS = MappingProxyType({kind.value: kind for kind in CredentialKind})

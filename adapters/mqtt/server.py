@@ -1,6 +1,6 @@
 """The MQTT server of one node: its listener, what its connections share, and how it goes away.
 
-    TlsListener ─► Peer (peer.py) ─► Admission ─► Devices (device.py) or Provisioners (provisioning.py)
+    TlsListener ─► Peer (peer.py) ─► Admission ─► Devices (devices.py) or Provisioners (provisioning.py)
     HTTPS's upgrade of /mqtt ─► WebSocket frames (websocket.py) ─► Peer, the same
 
 Time. The machines want one clock that goes on across restarts, because a message's expiry is kept with it: `now` is
@@ -24,7 +24,7 @@ from typing import Any
 
 from adapters.mqtt.admission import Admission
 from adapters.mqtt.broker import Broker
-from adapters.mqtt.device import Devices
+from adapters.mqtt.devices import Devices
 from adapters.mqtt.machine_events import Cause, Ended
 from adapters.mqtt.peer import Peer
 from adapters.mqtt.provisioning import Provisioners

@@ -17,7 +17,9 @@ from typing import Final
 from adapters.mqtt.authorization import UplinkTopic
 from adapters.mqtt.session_values import Message
 from adapters.uplink_payloads import enveloped, looks_like_cbor, payload_in
+from registry.model import DeviceId, Transport
 from registry.payloads import TELEMETRY, NewUplink, Payload, Source, telemetry_from, uplink_from
+from registry.sessions import Session as RegistrySession
 
 MESSAGE_ID: Final = "message_id"
 
@@ -31,6 +33,13 @@ def uplink_of(topic: UplinkTopic, message: Message, source: Source, *, max_bytes
     if topic.kind == TELEMETRY:
         return telemetry_from(source, payload, message_id=message_id)
     return uplink_from(source, payload, kind=topic.kind, message_id=message_id)
+
+
+def source_of(session: RegistrySession, device_id: DeviceId) -> Source:
+    """Whose uplink it is: the device's own, or a child's that it sends for."""
+    if device_id == session.device_id:
+        return Source.of(session.identity, Transport.MQTT)
+    return Source(session.tenant_id, device_id, Transport.MQTT, via=session.device_id)
 
 
 def payload_of(message: Message, *, max_bytes: int) -> Payload:

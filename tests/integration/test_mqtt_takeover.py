@@ -69,7 +69,7 @@ async def test_a_session_that_was_taken_without_an_answer_is_let_go_again(
         await witness.subscribe("site/will")
         monkeypatch.setattr(messaging, "take", taken_unheard)
         monkeypatch.setattr(messaging, "disown", disowned_late)
-        monkeypatch.setattr("adapters.mqtt.device._RELEASE_AGAIN_SECONDS", 0.01)
+        monkeypatch.setattr("adapters.mqtt.devices._DISOWN_AGAIN_SECONDS", 0.01)
         will = Will("site/will", b"never connected", QoS.AT_LEAST_ONCE)
         async with mqtt.client() as client:
             answer = await client.connect(one, clean_start=False, properties=KEEP, will=will)

@@ -64,9 +64,9 @@ async def test_a_waiting_message_of_a_session_that_was_closed_is_not_stored(mqtt
         ):
             await client.send(Publish(topic, b"1", QoS.AT_LEAST_ONCE, packet_id=1))
             role = only_role(mqtt)
-            await until(lambda: len(role._waiting) == 1)
+            await until(lambda: len(role.publishing.waiting) == 1)
             role.session.closed = True  # as the registry does before it closes the connection
-        await until(lambda: not role._waiting)
+        await until(lambda: not role.publishing.waiting)
         await asyncio.sleep(0)
         assert (mqtt.server.counters.stored, mqtt.server.counters.brokered) == (0, 0)
         assert await mqtt.uplinks(device.device_id) == []
@@ -94,7 +94,7 @@ async def test_what_a_gateway_sends_for_a_child_is_stored_in_its_order(mqtt: Run
             await until(lambda: mqtt.server.counters.stored == 1)  # another child's does not wait for them
             answered.set()
             await until(lambda: mqtt.server.counters.stored == 6)
-        assert only_role(mqtt)._for_children == {}
+        assert only_role(mqtt).publishing._for_children == {}
     assert [each["payload"] for each in await mqtt.uplinks(child.device_id)] == [4, 3, 2, 1, 0]
 
 

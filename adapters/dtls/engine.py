@@ -133,6 +133,13 @@ class DtlsEngine:
         assert self._handshake is not None
         return self._went(self._handshake.start(hello))
 
+    def repeat(self) -> None:
+        """The ClientHello has come again, the very one."""
+        if self._handshake is not None:
+            before = len(self._out)
+            self._handshake.repeat()
+            self._counters.retransmitted += len(self._out) - before
+
     @property
     def returned(self) -> bool:
         """Whether the peer has come back since the first flight: it read what went to its address."""

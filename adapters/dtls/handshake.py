@@ -64,6 +64,9 @@ class Handshake(Protocol):
     def start(self, hello: ClientHello) -> Outcome:
         """Answer the ClientHello, whose cookie is good, with the first flight."""
 
+    def repeat(self) -> None:
+        """The ClientHello has come again: perhaps the first flight has not arrived (RFC 6347 §4.2.4)."""
+
     def receive(self, datagram: bytes, records: Sequence[Record]) -> Outcome:
         """Take one datagram, which consists of these records."""
 

@@ -13,7 +13,8 @@ Theory
 - *A device that has restarted* comes from the same port with a new ClientHello (RFC 6347 §4.2.8). With a good cookie
   its handshake begins beside the living association, and takes its place only when it has verified.
 - *One pending handshake per address and port.* A newer ClientHello takes its place: the peer has begun again. The same
-  one again (by its random value) is a copy that the network made.
+  one again, by its random value and its cookie, is a copy that the network made, or the peer's who has not heard our
+  flight. With a newer cookie it is a new one: a device may draw the same random value whenever it starts.
 - The places of handshakes and associations are counted in the ledger (admission.py).
 
 One timer serves all handshakes: it looks every 50 ms for those whose flight or time is due. Nearly all are over long
@@ -255,10 +256,11 @@ class DtlsListener:
     def _begin(self, hello: ClientHello, address: Address, now: float) -> None:
         living, before = self._living.get(address), self._pending.get(address)
         if before is not None:
-            if before.hello_random == hello.random:
+            if before.hello_mark == hello.mark:
+                before.repeat()
                 return
             self._forget_pending(before)
-        if living is not None and living.hello_random == hello.random:
+        if living is not None and living.hello_mark == hello.mark:
             return
         place = self._place(str(address[0]), now)
         if place is None:
@@ -381,7 +383,7 @@ class DtlsListener:
 class _Pending:
     """One handshake in flight: its engine, its times, and the question for its key."""
 
-    __slots__ = ("_asking", "_listener", "_mismatched", "_until", "address", "due", "engine", "hello_random", "place")
+    __slots__ = ("_asking", "_listener", "_mismatched", "_until", "address", "due", "engine", "hello_mark", "place")
 
     def __init__(self, listener: DtlsListener, place: Place, address: Address, hello: ClientHello, now: float) -> None:
         self._listener = listener
@@ -392,11 +394,16 @@ class _Pending:
         self._mismatched: Callable[[], None] | None = None
         self.place = place
         self.address = address
-        self.hello_random = hello.random
+        self.hello_mark = hello.mark
         self.engine = DtlsEngine(listener.context, hello, listener.limits, listener.counters)
 
     def start(self, hello: ClientHello) -> None:
         self._handle(self.engine.start(hello))
+
+    def repeat(self) -> None:
+        """Its ClientHello has come again."""
+        self.engine.repeat()
+        self._handle([])
 
     def receive(self, datagram: bytes) -> None:
         events = self.engine.receive(datagram)
@@ -468,7 +475,7 @@ class DtlsAssociation:
         "alive",
         "association_id",
         "heard",
-        "hello_random",
+        "hello_mark",
         "key",
         "place",
         "proof",
@@ -482,7 +489,7 @@ class DtlsAssociation:
         self.key = pending.address
         self.address = str(pending.address[0])
         self.place = pending.place
-        self.hello_random = pending.hello_random
+        self.hello_mark = pending.hello_mark
         self.proof = proof
         self.alive = True
         self.room = pending.engine.room

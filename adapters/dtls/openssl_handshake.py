@@ -108,6 +108,9 @@ class OpensslHandshake:
                 self._reader = IdentityReader(hello.message_seq + 1)
         return outcome
 
+    def repeat(self) -> None:
+        """See the seam. OpenSSL sends again by its own clock only."""
+
     def receive(self, datagram: bytes, records: Sequence[Record]) -> Outcome:
         """See the seam."""
         reader = self._reader

@@ -80,6 +80,11 @@ class ClientHello(msgspec.Struct, frozen=True, gc=False):
     extensions: bytes
     """All that follows, unread."""
 
+    @property
+    def mark(self) -> bytes:
+        """By this it is known again when it comes again."""
+        return self.random + self.cookie
+
 
 class Offer(msgspec.Struct, frozen=True, gc=False):
     """What a ClientHello offers, in the client's order."""

@@ -13,7 +13,7 @@ What holds for every script of dtls_attempts.py, and what the differences betwee
 
 In the suite a few seconds of it. By hand, 300,000 flights and 1,600,000 steps at a listener:
 
-    GATEHOUSE_DTLS_MUTANTS=200 pytest tests/fuzz/test_dtls_mutants.py
+    GATEHOUSE_DTLS_MUTANTS=200 pytest tests/fuzz/test_dtls_mutants.py --timeout 0
 """
 
 from __future__ import annotations

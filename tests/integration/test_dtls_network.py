@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 
 import pytest
 
 from adapters.dtls.admission import DtlsLimits
+from adapters.dtls.context import DtlsContext
 from adapters.dtls.ports import Association, CertificateProven, PskProven
 from adapters.dtls.records import split_records
+from tests.bench.coap_client import PskClient, Stage
 from tests.dtls_peers import (
     KEY,
     Client,
@@ -100,6 +103,55 @@ async def undisturbed(listener: MemoryListener, link: Link, association: Associa
     assert await link.ask(b"after") == b"after"
     assert listener.associations() == [association]
     assert listener.application.endings == []
+    await listener.close()
+
+
+async def test_a_device_that_draws_the_same_random_value_whenever_it_starts_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its ClientHello cannot be told from a copy of the network's, until it has to have a newer cookie."""
+    now = [0.0]
+    listener = MemoryListener(Echo(), DtlsContext(None), clock=lambda: now[0])
+    monkeypatch.setattr("tests.bench.coap_client.os.urandom", lambda size: b"4" * size)
+
+    async def start() -> bool:
+        client = PskClient(b"device-1", KEY)
+        heard: list[bytes] = []
+        listener.transmit = lambda datagram, _: heard.append(datagram)  # type: ignore[method-assign]
+        listener.arrived(client.hello(), HERE)
+        while heard:
+            answer = client.receive(heard.pop(0))
+            if answer is not None:
+                listener.arrived(answer, HERE)
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+        return client.stage is Stage.OPEN
+
+    assert await start()
+    assert not await start()
+    now[0] = 2 * listener.limits.cookie_lifetime + 1
+    assert await start()
+    assert [reason for _, reason in listener.application.endings] == ["replaced by a new handshake"]
+    await listener.close()
+
+
+async def test_a_client_that_has_not_heard_our_flight_need_not_wait_for_our_timer() -> None:
+    listener = memory_listener()
+    heard: list[bytes] = []
+    listener.transmit = lambda datagram, _: heard.append(datagram)  # type: ignore[method-assign]
+    client = Client(psk_client_context())
+    listener.arrived(client.step()[0], HERE)
+    [again] = client.feed(heard.pop())
+    listener.arrived(again, HERE)
+    [flight] = heard
+    pending = listener._pending[HERE]
+    pending.engine._handshake._clock = lambda: time.monotonic() + 0.9  # type: ignore[union-attr]
+    listener.arrived(again, HERE)
+    assert len(heard) == 2
+    assert [record.sequence for record in split_records(heard[1])] == [
+        record.sequence + 2 for record in split_records(flight)
+    ]
+    assert listener._pending[HERE] is pending
     await listener.close()
 
 

@@ -410,6 +410,30 @@ def test_a_flight_is_sent_again_with_new_numbers_until_it_has_arrived() -> None:
     assert flight.proven
 
 
+def test_a_client_that_asks_again_gets_the_flight_again_but_not_for_a_copy_of_the_network() -> None:
+    """RFC 6347 §4.2.4: the receipt of a retransmitted flight is answered, and the timer begins anew."""
+    flight = Flight()
+    server = flight.server
+    server.now += 0.4
+    server.engine.repeat()
+    assert server.engine.datagrams() == []
+    server.now += 0.3
+    server.engine.repeat()
+    server.engine.repeat()
+    [again] = server.engine.datagrams()
+    assert [record[13:] for record in pieces(again)] == [record[13:] for record in pieces(server.flight[0])]
+    assert server.engine.retransmission_due() == pytest.approx(1)
+    assert server.counters.as_dict()["retransmitted"] == 1
+    server.now += 10
+    server.feed(flight.exchange)
+    server.engine.repeat()
+    assert server.engine.datagrams() == []
+    server.feed(flight.change, flight.finished)
+    assert flight.proven
+    server.engine.repeat()
+    assert server.engine.datagrams() == []
+
+
 def test_what_is_left_over_is_no_data() -> None:
     """Behind the Finished of the same datagram nothing is read: it could not be told from what came early."""
     flight = Flight()

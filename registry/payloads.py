@@ -110,7 +110,7 @@ def payload_from_json(raw: bytes, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Payl
     except msgspec.MsgspecError as error:
         raise _refused(f"payload is no JSON: {error}") from None
     # Only a text with many brackets can be nested deep, and only one with this escape can hold NUL.
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
+    if len(text) > MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
         raise _too_deep()
     if "\\u0000" in text and any("\0" in part for part in _texts(value)):
         raise _refused("payload has a NUL character (\\u0000), which cannot be stored")

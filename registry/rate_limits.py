@@ -72,18 +72,21 @@ class RateLimiter:
         if now < self._now:
             now = self._now
         self._now = now
-        known = self._buckets.get(key)
+        buckets = self._buckets
+        known = buckets.get(key)
         if known is None:
             debt = self._remaining(self._floor, now)
         else:
             tokens, at = known
-            debt = max(0.0, tokens - (now - at) * self._rate)
-            self._buckets.move_to_end(key)
+            debt = tokens - (now - at) * self._rate
+            if debt < 0.0:
+                debt = 0.0
+            buckets.move_to_end(key)
         excess = debt + cost - self._burst
         if excess > _SLACK:
             return excess / self._rate
-        self._buckets[key] = debt + cost, now
-        if len(self._buckets) > self._max_keys:
+        buckets[key] = debt + cost, now
+        if len(buckets) > self._max_keys:
             self._forget_oldest(now)
         return None
 

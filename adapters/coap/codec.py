@@ -18,7 +18,7 @@ from typing import Final
 from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
-from adapters.coap.messages import Header, LocalProtocolError, Message, RemoteProtocolError
+from adapters.coap.messages import Head, Header, LocalProtocolError, Message, RemoteProtocolError
 
 MAX_OPTIONS: Final = 128
 """Of one message. A path of 255 segments is nobody's; without a cap 64 KiB of zeros would be 65,000 options."""
@@ -31,8 +31,9 @@ _CODES: Final = tuple(Code(number) for number in range(256))
 _MAX_NUMBER: Final = 0xFFFF  # option numbers are 16 bits, RFC 7252 §12.2
 
 
-def decode(datagram: bytes) -> Message:
-    """The message in a datagram.
+def decode(datagram: bytes, known: Head | None = None) -> Message:
+    """The message in a datagram. `known` are options that are expected, since a device asks for the same again and
+    again; if they are there byte for byte, the message has these very ones, and nothing is taken apart.
 
     Raises RemoteProtocolError when it is none; the error has the header when a Reset can be made from it.
     """
@@ -55,6 +56,12 @@ def decode(datagram: bytes) -> Message:
     if at > size:
         raise _broken(kind, message_id, "a token that is cut off")
     token = datagram[4:at]
+    if known is not None and datagram.startswith(known.raw, at):
+        end = at + len(known.raw)
+        if end == size:
+            return Message(kind, _CODES[code], message_id, token, known.options)
+        if datagram[end] == _MARKER and end + 1 < size:
+            return Message(kind, _CODES[code], message_id, token, known.options, datagram[end + 1 :])
     payload = b""
     options: list[tuple[int, bytes]] = []
     number = 0
@@ -83,6 +90,13 @@ def decode(datagram: bytes) -> Message:
     if len(options) > MAX_OPTIONS:
         raise _broken(kind, message_id, f"{len(options)} options; {MAX_OPTIONS} are allowed")
     return Message(kind, _CODES[code], message_id, token, tuple(options), payload)
+
+
+def head_of(datagram: bytes, message: Message) -> Head:
+    """The options of a message that was decoded from this datagram."""
+    start = 4 + len(message.token)
+    end = len(datagram) - len(message.payload) - 1 if message.payload else len(datagram)
+    return Head(datagram[start:end], message.options)
 
 
 def encode(message: Message) -> bytes:

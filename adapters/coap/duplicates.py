@@ -21,26 +21,27 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+import msgspec
+
 from adapters.coap.limits import CoapCounters, CoapLimits
 from adapters.coap.shares import Share, Shares
 
 ENTRY_COST: Final = 400
-"""Bytes that an entry takes without its reply, measured: tables, key, object."""
+"""Bytes that an entry takes with a small reply, measured: tables, key, object, and the reply's own."""
+SMALL_REPLY: Final = 16
+"""Bytes of a reply that are in this already: an acknowledgement with a token and nothing to say."""
 
 
-class Entry:
-    """One message id of one peer."""
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """One message id of one peer. Its cycle with the table ends when it is dropped, at the last by `forget`."""
 
-    __slots__ = ("_expires", "_table", "cost", "message_id", "repetitions", "reply")
-
-    def __init__(self, table: Table, message_id: int, expires: float) -> None:
-        self._table = table
-        self._expires = expires
-        self.message_id = message_id
-        self.reply: bytes | None = None
-        self.repetitions = 0
-        """How often the message came again after it was answered."""
-        self.cost = ENTRY_COST
+    table: Table
+    message_id: int
+    expires: float
+    reply: bytes | None = None
+    repetitions: int = 0
+    """How often the message came again after it was answered."""
+    cost: int = ENTRY_COST
 
 
 class Table(Share):
@@ -80,7 +81,7 @@ class Duplicates:
         entry = table.entries.get(message_id)
         if entry is None:
             return None
-        if entry._expires <= now:
+        if entry.expires <= now:
             self._drop(entry)
             return None
         return entry
@@ -93,19 +94,19 @@ class Duplicates:
         table.entries[message_id] = entry
         (self._confirmable if confirmable else self._others)[entry] = None
         self._charge(table, ENTRY_COST)
-        while len(table.entries) > limits.duplicates_per_peer:
+        if len(table.entries) > limits.duplicates_per_peer:
             self._forget_oldest_of(table)
         return entry
 
     def record(self, entry: Entry, reply: bytes) -> None:
         """Keep what was answered, in place of what was recorded before."""
-        cost = ENTRY_COST + len(reply)
         entry.reply = reply
-        if entry._table.entries.get(entry.message_id) is not entry:
-            return  # forgotten meanwhile
+        cost = ENTRY_COST + max(0, len(reply) - SMALL_REPLY)
         extra = cost - entry.cost
+        if not extra or entry.table.entries.get(entry.message_id) is not entry:
+            return  # as before, or forgotten meanwhile
         entry.cost = cost
-        self._charge(entry._table, extra)
+        self._charge(entry.table, extra)
 
     def becomes_known(self, table: Table) -> None:
         """A stranger has turned out to be a device: its entries are now of the devices' memory."""
@@ -124,13 +125,13 @@ class Duplicates:
         for age in (self._confirmable, self._others):
             while age:
                 oldest = next(iter(age))
-                if oldest._expires > now:
+                if oldest.expires > now:
                     break
                 self._drop(oldest)
 
     def next_expiry(self) -> float | None:
         """When `expire` has something to do."""
-        heads = [next(iter(age))._expires for age in (self._confirmable, self._others) if age]
+        heads = [next(iter(age)).expires for age in (self._confirmable, self._others) if age]
         return min(heads, default=None)
 
     def _charge(self, table: Table, extra: int) -> None:
@@ -151,7 +152,7 @@ class Duplicates:
         self._drop(next(iter(table.entries.values())))
 
     def _drop(self, entry: Entry) -> None:
-        table = entry._table
+        table = entry.table
         del table.entries[entry.message_id]
         if entry in self._confirmable:
             del self._confirmable[entry]

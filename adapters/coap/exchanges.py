@@ -11,13 +11,13 @@ from collections.abc import Hashable
 from typing import TypeAlias
 
 import msgspec
+from aiocoap.numbers.codes import Code
 from aiocoap.numbers.types import Type
 
-from adapters.coap.blockwise import Key
 from adapters.coap.duplicates import Entry
 from adapters.coap.messages import Message
 from adapters.coap.observations import EndCause, Observation
-from adapters.coap.options import Block
+from adapters.coap.options import Block, RequestOptions
 from adapters.coap.ports import Request
 
 
@@ -46,36 +46,32 @@ class ObservationEnded(msgspec.Struct, frozen=True):
 Event: TypeAlias = RequestReceived | NotificationArrived | ObservationEnded
 
 
-class Exchange:
+class Exchange(msgspec.Struct, eq=False):
     """One request on its way through: how it came, and what its answer has to repeat or respect."""
 
-    __slots__ = (
-        "ack_due",
-        "acknowledged",
-        "block1",
-        "block2",
-        "confirmable",
-        "entry",
-        "etags",
-        "key",
-        "message_id",
-        "no_response",
-        "number",
-        "observation",
-        "token",
-    )
+    number: int
+    method: Code
+    confirmable: bool
+    message_id: int
+    token: bytes
+    options: RequestOptions
+    entry: Entry
+    ack_due: float
+    acknowledged: bool = False
+    block1: Block | None = None
+    """To be repeated in the answer."""
+    observation: Observation | None = None
 
-    def __init__(self, number: int, message: Message, entry: Entry, ack_due: float) -> None:
-        self.number = number
-        self.confirmable = message.type is Type.CON
-        self.message_id = message.message_id
-        self.token = message.token
-        self.entry = entry
-        self.ack_due = ack_due
-        self.acknowledged = False
-        self.no_response = 0
-        self.block1: Block | None = None
-        self.block2: Block | None = None
-        self.etags: tuple[bytes, ...] = ()
-        self.key: Key | None = None
-        self.observation: Observation | None = None
+    @classmethod
+    def of(cls, number: int, message: Message, options: RequestOptions, entry: Entry, ack_due: float) -> Exchange:
+        """The exchange that a request begins."""
+        return cls(
+            number,
+            message.code,
+            message.type is Type.CON,
+            message.message_id,
+            message.token,
+            options,
+            entry,
+            ack_due,
+        )

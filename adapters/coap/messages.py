@@ -25,6 +25,13 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     payload: bytes = b""
 
 
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """The options of a message, as bytes between token and payload marker and taken apart."""
+
+    raw: bytes
+    options: Options
+
+
 class Header(msgspec.Struct, frozen=True, gc=False):
     """As much of a broken message as is needed to reject it."""
 

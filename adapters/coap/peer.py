@@ -54,11 +54,11 @@ from adapters.coap.blockwise import (
     entity_tag,
     upload_key,
 )
-from adapters.coap.codec import decode, encode
+from adapters.coap.codec import decode, encode, head_of
 from adapters.coap.duplicates import Entry, Table
 from adapters.coap.exchanges import Event, Exchange, NotificationArrived, ObservationEnded, RequestReceived
 from adapters.coap.memory import Memory
-from adapters.coap.messages import LocalProtocolError, Message, RemoteProtocolError
+from adapters.coap.messages import Head, LocalProtocolError, Message, RemoteProtocolError
 from adapters.coap.observations import EndCause, Observation, ObservationState, Pending
 from adapters.coap.options import (
     BLOCK1,
@@ -78,6 +78,7 @@ from adapters.coap.ports import Request, Response
 from adapters.coap.transmissions import Transmission
 
 _REMEMBERED_NOTIFICATIONS: Final = 32  # message ids of them, so that a late Reset still finds its observation
+_REMEMBERED_HEAD: Final = 64  # bytes of the options of the last request: a path, a format, perhaps a query
 _OBSERVE_MODULUS: Final = 1 << 24  # RFC 7641 §3.4
 _REGISTER: Final = 0
 _DEREGISTER: Final = 1
@@ -96,8 +97,10 @@ class PeerMachine:
         "_events",
         "_exchanges",
         "_fetches",
+        "_head",
         "_key",
         "_limits",
+        "_meaning",
         "_memory",
         "_message_id",
         "_narrow",
@@ -135,6 +138,8 @@ class PeerMachine:
         self._notifiable: dict[int, Observation] = {}  # those with a pending state, in turn
         self._notified: dict[int, Observation] = {}  # by message id
         self._fetches: dict[Key, float] = {}  # bodies whose blocks are being fetched: when that is waited for no more
+        self._head: Head | None = None  # of its last request, and what it means
+        self._meaning = RequestOptions()
         self._narrow = False
         self._non_allowed_at = 0.0
         self._events: deque[Event] = deque()
@@ -150,7 +155,7 @@ class PeerMachine:
         counters = self._memory.counters
         counters.received += 1
         try:
-            message = decode(datagram)
+            message = decode(datagram, self._head)
         except RemoteProtocolError as error:
             counters.malformed += 1
             if error.header is not None and error.header.type is Type.CON:
@@ -164,12 +169,14 @@ class PeerMachine:
             counters.duplicates += 1
             if entry.reply is not None and message.type is Type.CON:
                 entry.repetitions += 1
-                if not (self._does_not_arrive(entry.reply, entry.repetitions) and self._cut_anew(message, entry, now)):
+                if not self._does_not_arrive(entry.reply, entry.repetitions) or not self._cut_anew(
+                    datagram, message, entry, now
+                ):
                     self._send(entry.reply)
             return
         if message.code.is_request():
             entry = self._memory.duplicates.take(self._table, message.message_id, message.type is Type.CON, now)
-            self._on_request(message, entry, now)
+            self._on_request(datagram, message, entry, now)
             return
         # a ping (§4.3), a response that nobody waits for, or a reserved class
         if message.code != Code.EMPTY or message.type is Type.CON:
@@ -234,21 +241,21 @@ class PeerMachine:
         exchange = self._exchanges.get(number)
         if exchange is None:
             raise LocalProtocolError(f"exchange {number} is not open")
-        assert exchange.key is not None
         options: list[tuple[int, bytes]] = []
         observation = exchange.observation
         if observation is not None and self._settle(observation, response):
             options.append((OBSERVE, self._next_sequence()))
         if exchange.block1 is not None:
             options.append((BLOCK1, exchange.block1.encode()))
-        if response.code == Code.CONTENT and response.etag is None and exchange.etags:
+        if response.code == Code.CONTENT and response.etag is None and exchange.options.etags:
             tag = entity_tag(response.payload)
-            if tag in exchange.etags:  # one that we gave, since the resource has none of its own
+            if tag in exchange.options.etags:  # one that we gave, since the resource has none of its own
                 response = Response(Code.VALID, max_age=response.max_age, etag=tag)
         self._finish_cut(exchange, response, options, now)
         del self._exchanges[number]
         self._unacknowledged.pop(number, None)
-        self._pump(now)
+        if self._waiting or self._notifiable:
+            self._pump(now)
 
     def accept(self, number: int) -> bool:
         """Keep an observation that was offered; a good response makes it active. False when it is over already."""
@@ -306,24 +313,22 @@ class PeerMachine:
 
     # Requests ---------------------------------------------------------------------------------------------------------
 
-    def _on_request(self, message: Message, entry: Entry, now: float) -> None:
+    def _on_request(self, datagram: bytes, message: Message, entry: Entry, now: float) -> None:
         memory = self._memory
         confirmable = message.type is Type.CON
         self._number += 1
-        exchange = Exchange(self._number, message, entry, now + self._limits.ack_delay)
+        ack_due = now + self._limits.ack_delay
         try:
-            options = read_request(message.options)
+            options = self._meant(datagram, message)
         except OptionError as error:
             memory.counters.bad_options += 1
             if error.code == Code.BAD_OPTION and not confirmable:
                 self._reset(message.message_id)  # §5.4.1
                 return
+            exchange = Exchange.of(self._number, message, RequestOptions(), entry, ack_due)
             self._answer(exchange, error.code, str(error).encode(), now)
             return
-        exchange.no_response = options.no_response
-        exchange.etags = options.etags
-        exchange.key = answer_key(self._key, message.code, options)
-        exchange.block2 = options.block2
+        exchange = Exchange.of(self._number, message, options, entry, ack_due)
         if options.observe == _DEREGISTER and (old := self._tokens.get(message.token)) is not None:
             self._end(old, EndCause.DEREGISTERED)
             self._pump(now)
@@ -353,12 +358,22 @@ class PeerMachine:
         )
         if options.observe == _REGISTER:
             exchange.observation = self._offer(exchange, message, options, now)
+            self._pump(now)  # one that was replaced may have been in the way
         self._exchanges[exchange.number] = exchange
         if confirmable:
             self._unacknowledged[exchange.number] = exchange
-            self._pump(now)  # one that was replaced may have been in the way
         offered = exchange.observation.number if exchange.observation is not None else None
         self._events.append(RequestReceived(exchange.number, request, offered))
+
+    def _meant(self, datagram: bytes, message: Message) -> RequestOptions:
+        """What a request's options mean. Raises OptionError."""
+        if self._head is not None and self._head.options is message.options:
+            return self._meaning
+        meaning = read_request(message.options)
+        head = head_of(datagram, message)
+        if len(head.raw) <= _REMEMBERED_HEAD:
+            self._head, self._meaning = head, meaning
+        return meaning
 
     def _reassemble(
         self, exchange: Exchange, message: Message, options: RequestOptions, block: Block, now: float
@@ -397,8 +412,7 @@ class PeerMachine:
 
     def _continue(self, exchange: Exchange, message: Message, now: float) -> bool:
         """Answer a request for a later block from what is kept, or refuse it; False when the handler is to be asked."""
-        assert exchange.key is not None
-        kept = self._memory.snapshots.get(exchange.key, now)
+        kept = self._memory.snapshots.get(self._answer_key(exchange), now)
         if kept is not None:
             self._finish_cut(exchange, kept, [], now)
             self._pump(now)  # with the last block a newer state may follow
@@ -411,12 +425,18 @@ class PeerMachine:
         return True
 
     def _finish_cut(self, exchange: Exchange, response: Response, options: list[tuple[int, bytes]], now: float) -> None:
-        assert exchange.key is not None
-        payload = self._cut(exchange.key, exchange.token, response, exchange.block2, options, now)
+        if not response.payload:
+            self._finish(exchange, response.code, options + response_options(response), b"", now)
+            return
+        key = self._answer_key(exchange)
+        payload = self._cut(key, exchange.token, response, exchange.options.block2, options, now)
         if payload is None:
             self._answer(exchange, Code.BAD_REQUEST, b"a block beyond the end", now)
             return
         self._finish(exchange, response.code, options, payload, now)
+
+    def _answer_key(self, exchange: Exchange) -> Key:
+        return answer_key(self._key, exchange.method, exchange.options)
 
     def _finish_early(self, exchange: Exchange, response: Response, now: float) -> None:
         self._finish(exchange, response.code, response_options(response), response.payload, now)
@@ -429,7 +449,8 @@ class PeerMachine:
     ) -> None:
         """Send the response of an exchange, the way that its request and the time taken ask for."""
         options.sort(key=_number)
-        if exchange.no_response and exchange.no_response >> ((code >> 5) - 1) & 1:
+        no_response = exchange.options.no_response
+        if no_response and no_response >> ((code >> 5) - 1) & 1:
             if exchange.confirmable and not exchange.acknowledged:
                 self._acknowledge(exchange)  # RFC 7967 §2: the message layer goes on
             return
@@ -473,13 +494,13 @@ class PeerMachine:
             self._narrow = True
             self._memory.counters.narrowed += 1
 
-    def _cut_anew(self, message: Message, entry: Entry, now: float) -> bool:
+    def _cut_anew(self, datagram: bytes, message: Message, entry: Entry, now: float) -> bool:
         """Answer a repeated request in smaller blocks: a safe one by asking again (RFC 7252 §4.5 lets us), another one
         from what is kept. False where nothing is."""
         if message.code in (Code.GET, Code.FETCH):
             self._narrowed()
             entry.reply = None
-            self._on_request(message, entry, now)
+            self._on_request(datagram, message, entry, now)
             return True
         try:
             options = read_request(message.options)
@@ -491,8 +512,7 @@ class PeerMachine:
             return False
         self._narrowed()
         self._number += 1
-        exchange = Exchange(self._number, message, entry, now)
-        exchange.key, exchange.block2 = key, options.block2
+        exchange = Exchange.of(self._number, message, options, entry, now)
         block1 = options.block1
         echo = [] if block1 is None else [(BLOCK1, Block(block1.number, False, block1.exponent).encode())]
         self._finish_cut(exchange, kept, echo, now)
@@ -561,9 +581,9 @@ class PeerMachine:
         if len(self._observations) >= self._limits.observations_per_peer:
             self._memory.counters.observations_refused += 1
             return None
-        assert exchange.key is not None
+        key = self._answer_key(exchange)
         exponent = options.block2.exponent if options.block2 is not None else 6
-        observation = Observation(self._number, message.token, exchange.key, exchange.confirmable, exponent, now)
+        observation = Observation(self._number, message.token, key, exchange.confirmable, exponent, now)
         self._observations[observation.number] = observation
         self._tokens[message.token] = observation
         self._memory.counters.observations += 1

@@ -182,9 +182,10 @@ class Resources:
             return None
         if request.method is not Code.POST or len(request.path) != 1 or request.path[0] not in _UPLINKS:
             return None
-        role.session.last_active = self._loop.time()
+        now = self._loop.time()
+        role.session.last_active = now
         try:
-            self._spend(role)
+            self._spend(role, now)
             return Promise(self._submit(request, role.session), self._stored)
         except (RegistryError, Unserved) as error:
             return error_response(error, uuid4().hex)
@@ -196,7 +197,7 @@ class Resources:
         try:
             role = await guest.admitted()
             if isinstance(role, Device):
-                self._spend(role)
+                self._spend(role, self._loop.time())
             else:
                 self._spend_open(guest)
             serve = self._found(request)
@@ -218,8 +219,8 @@ class Resources:
             _query(request, None)
         return serve
 
-    def _spend(self, role: Device) -> None:
-        identity, now = role.session.identity, self._loop.time()
+    def _spend(self, role: Device, now: float) -> None:
+        identity = role.session.identity
         # As integers: a UUID is hashed in Python, several times for each request.
         wait = self._keys.take(identity.credential_id.int, now)
         if wait is not None:

@@ -13,9 +13,10 @@ from aiocoap.numbers.types import Type
 from aiocoap.optiontypes import OpaqueOption
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from adapters.coap.codec import MAX_OPTIONS, decode, encode
-from adapters.coap.messages import LocalProtocolError, Message, RemoteProtocolError
+from adapters.coap.codec import MAX_OPTIONS, decode, encode, head_of
+from adapters.coap.messages import Head, LocalProtocolError, Message, RemoteProtocolError
 from adapters.coap.options import OptionError, RequestOptions, read_request
 from tests.coap_peers import CON, message
 
@@ -86,6 +87,26 @@ def test_cut_anywhere_it_is_another_message_or_the_declared_error(written: Messa
         except RemoteProtocolError:
             continue
         assert encode(read) == datagram[:end]  # a cut before the payload or after whole options
+
+
+def outcome(datagram: bytes, known: Head | None) -> Message | tuple[str, object]:
+    try:
+        return decode(datagram, known)
+    except RemoteProtocolError as error:
+        return str(error), error.header
+
+
+@given(messages, messages, st.binary(max_size=4))
+@example(Message(CON, Code.POST, 1), Message(CON, Code.POST, 1), b"\xff")
+@example(Message(CON, Code.POST, 1, b"", ((1, b"\xff"),)), Message(CON, Code.POST, 1), b"\xff")
+def test_options_that_are_expected_are_read_as_any_others(one: Message, other: Message, more: bytes) -> None:
+    datagram = encode(one)
+    known = head_of(datagram, decode(datagram))
+    again = decode(encode(replace(other, code=Code.POST, options=one.options)), known)
+    assert again.options is known.options
+    bare = encode(replace(one, payload=b""))
+    for each in (datagram, encode(other), bare + more, *(datagram[:end] for end in range(min(len(datagram), 60)))):
+        assert outcome(each, known) == outcome(each, None)
 
 
 def test_noise_gives_only_the_declared_error() -> None:

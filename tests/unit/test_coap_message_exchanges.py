@@ -32,6 +32,25 @@ def test_conditional_requests_and_queries_reach_the_handler() -> None:
     assert talk.asked() == Request(Code.PUT, ("a", "b"), ("x=1", "y"), b"", None, None, (b"1",), True, (b"e",))
 
 
+def test_each_request_is_read_by_its_own_options_however_alike_they_are() -> None:
+    talk = Dialogue()
+    asked = [("a", 50, b"1"), ("a", 50, b"2"), ("a", 60, b"2"), ("a", 50, b""), ("ab", 50, b"3"), ("a", 50, b"4")]
+    asked += [("a" * 80, 50, b"5"), ("a" * 80, 50, b"6"), ("a", 50, b"7")]
+    for number, (path, content_format, payload) in enumerate(asked):
+        talk.sends(CON, Code.POST, number, bytes((number,)), path=path, payload=payload, content_format=content_format)
+        assert talk.asked() == Request(Code.POST, (path,), (), payload, content_format)
+        talk.answers(Code.CHANGED)
+        assert talk.said() == [f"ACK 2.04 {number} token={number:02x}"]
+
+
+def test_what_was_asked_twice_is_refused_twice() -> None:
+    talk = Dialogue()
+    for number in range(3):
+        datagram = encode(Message(CON, Code.POST, number, b"", ((11, b"a"), (2_049, b"?")), b"{}"))
+        talk.sends_bytes(datagram)
+        assert talk.said() == [f"ACK 4.02 {number} 'option 2049'"]
+
+
 def test_a_slow_answer_is_acknowledged_first_and_sent_by_itself() -> None:
     talk = Dialogue()
     talk.sends(CON, Code.GET, 7, b"\1", path="separate")

@@ -127,7 +127,8 @@ class DeviceRole:
     @property
     def ready(self) -> bool:
         """Whether a message that is given now can leave now."""
-        return self.peer.alive and self.mqtt.attached and not self.peer.machine.leaving
+        peer = self.peer
+        return peer.transport is not None and peer.alive and self.mqtt.attached and not peer.machine.leaving
 
     @property
     def held(self) -> Ownership | None:

@@ -13,6 +13,8 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
+from unittest import mock
+from uuid import uuid4
 
 import pytest
 from OpenSSL import SSL
@@ -31,7 +33,9 @@ from adapters.mqtt.wire_packets import (
     Will,
 )
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode, Version
-from registry.uplinks import UplinkLimits, Uplinks
+from registry.errors import Unavailable
+from registry.model import UplinkId
+from registry.uplinks import StoredUplink, UplinkLimits, Uplinks
 from tests.http_api import Api, api
 from tests.mqtt_server import WAIT, Running, serving_mqtt
 from tests.nodes import until
@@ -148,6 +152,37 @@ async def test_who_ends_its_sending_has_the_answers_to_what_it_sent(mqtt: Runnin
     assert answer == alone + encode(Suback(9, (ReasonCode.GRANTED_QOS_1,)), version)
     await until(lambda: not mqtt.server.peers)
     assert mqtt.server.counters.stored == 3
+
+
+async def test_who_is_gone_or_has_said_goodbye_is_chosen_for_no_message_while_it_is_heard_to_the_end(
+    mqtt: Running,
+) -> None:
+    """A shared subscription would lose what it gives to such a member (5.0 §4.8.2)."""
+
+    def full(*_: object) -> None:
+        raise Unavailable("the queue is full")
+
+    device = await mqtt.device()
+    uplinks = mqtt.api.registry.uplinks
+    late: asyncio.Future[StoredUplink] = asyncio.get_running_loop().create_future()
+    async with mqtt.client() as gone, mqtt.client() as leaving:
+        await gone.connect(device, client_id="gone")
+        await leaving.connect(device, client_id="leaving")
+        roles = {key[2]: role for key, role in mqtt.server.devices.by_key.items()}
+        assert all(role.ready for role in roles.values())
+        with mock.patch.object(uplinks, "submit", return_value=late):
+            await leaving.send_raw(burst(device.device_id, 1, QoS.AT_LEAST_ONCE, Version.V5))
+            await leaving.goodbye()
+            await until(lambda: roles["leaving"].peer.machine.leaving)
+        with mock.patch.object(uplinks, "submit", full):
+            await gone.send_raw(burst(device.device_id, BURST, QoS.AT_MOST_ONCE, Version.V5))
+            await until(lambda: roles["gone"].publishing.waiting)
+            roles["gone"].peer.abort()  # as when its network tells that it is gone; nobody reads from it now
+            await until(lambda: roles["gone"].peer.transport is None)
+            assert [(role.peer.alive, role.ready) for role in roles.values()] == [(True, False)] * 2
+        late.set_result(StoredUplink(UplinkId(uuid4()), False))
+        assert isinstance((await leaving.closed())[0], Ack)
+        await until(lambda: not mqtt.server.peers)
 
 
 @pytest.mark.parametrize("qos", [QoS.AT_MOST_ONCE, QoS.AT_LEAST_ONCE])

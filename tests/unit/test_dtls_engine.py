@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from cryptography.hazmat.bindings.openssl.binding import Binding
@@ -18,7 +19,15 @@ from adapters.dtls.handshake import End, IdentityNeeded
 from adapters.dtls.openssl_handshake import OpensslHandshake
 from adapters.dtls.ports import CertificateProven, NothingProven, PskKey, PskProven
 from adapters.dtls.protection import OPENSSL_SUITES
-from adapters.dtls.records import hello_verify_request, read_client_hello, split_records
+from adapters.dtls.psk_handshake import PskHandshake
+from adapters.dtls.records import (
+    handshake_message,
+    hello_verify_request,
+    plaintext_record,
+    read_client_hello,
+    read_extensions,
+    split_records,
+)
 from registry.secrets import Secret
 from tests.dtls_peers import KEY, Client, certificate_client_context, make_client_certificate, psk_client_context
 from tests.tls_peers import Holder, make_certificate
@@ -35,12 +44,18 @@ SUITES = [
 class Server:
     """An engine, and what it said."""
 
-    def __init__(self, client: Client, context: DtlsContext | None = None, limits: DtlsLimits | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        context: DtlsContext | None = None,
+        limits: DtlsLimits | None = None,
+        path: Callable[[bytes], bytes] = bytes,
+    ) -> None:
         [first] = client.step()
-        hello = read_client_hello(first)
+        hello = read_client_hello(path(first))
         assert hello is not None
         [second] = client.feed(hello_verify_request(hello, bytes(20)))
-        again = read_client_hello(second)
+        again = read_client_hello(path(second))
         assert again is not None
         self.client = client
         self.counters = DtlsCounters()
@@ -140,6 +155,56 @@ def test_every_suite_that_openssl_may_agree_on_can_be_taken_over(credentials: Ho
     offered = [name for name in connection.get_cipher_list() if not name.startswith("TLS_")]  # those are of TLS 1.3
     assert offered
     assert set(offered) <= set(OPENSSL_SUITES)
+
+
+def rewritten(datagram: bytes, suites: bytes | None = None, without: int | None = None) -> bytes:
+    """A ClientHello that offers other suites, or lacks an extension."""
+    read = read_client_hello(datagram)
+    assert read is not None
+    parameters, extensions = read.parameters, b""
+    at = 35 + parameters[34]  # behind the session id
+    end = at + 2 + int.from_bytes(parameters[at : at + 2], "big")
+    offered = parameters[at + 2 : end] if suites is None else suites
+    for kind, data in (read_extensions(read) or {}).items():
+        if kind != without:
+            extensions += kind.to_bytes(2, "big") + len(data).to_bytes(2, "big") + data
+    body = parameters[:at] + bytes((len(read.cookie),)) + read.cookie + len(offered).to_bytes(2, "big") + offered
+    body += parameters[end:] + len(extensions).to_bytes(2, "big") + extensions
+    return plaintext_record(22, int.from_bytes(datagram[5:11], "big"), handshake_message(1, read.message_seq, body))
+
+
+@pytest.mark.parametrize("extended", [True, False], ids=["extended master secret", "old master secret"])
+@pytest.mark.parametrize(
+    ("change", "ours", "agreed"),
+    [
+        ({}, False, "ECDHE-PSK-CHACHA20-POLY1305"),
+        ({"suites": b"\xc0\xa8\x00\xff"}, True, "PSK-AES128-CCM8"),
+        ({"suites": b"\xc0\xa8\xcc\xac\x00\xff"}, True, "PSK-AES128-CCM8"),
+        ({"suites": b"\xcc\xac\x00\xa8\x00\xff"}, False, "ECDHE-PSK-CHACHA20-POLY1305"),
+        ({"suites": b"\x00\xa8\x00\xff", "without": 23}, True, "PSK-AES128-GCM-SHA256"),
+        ({"without": 23}, False, "ECDHE-PSK-CHACHA20-POLY1305"),
+    ],
+    ids=["nothing", "no ECDHE", "ECDHE last", "another second", "the weakest of all", "no extended master secret"],
+)
+def test_nobody_on_the_path_chooses_what_is_agreed_on(
+    change: dict[str, Any], ours: bool, agreed: str, extended: bool
+) -> None:
+    """Neither a suite, nor whose handshake it is, nor how the master secret is derived: the Finished covers it all."""
+    context = psk_client_context(suites=b"ECDHE-PSK-CHACHA20-POLY1305:PSK-AES128-GCM-SHA256:PSK-AES128-CCM8")
+    if not extended:
+        context.set_options(1)  # SSL_OP_NO_EXTENDED_MASTER_SECRET
+    client = Client(context)
+    server = Server(client, path=lambda datagram: rewritten(datagram, **change))
+    assert isinstance(server.handshake, PskHandshake) is ours
+    server.finish()
+    assert client.connection.get_cipher_name() == agreed  # the client has gone along
+    if not change or (change == {"without": 23} and not extended):
+        assert server.last == Established(PskProven(b"device-1", "the offer"))
+        return
+    # with the extended master secret the keys are others already
+    failed = End.WRONG_KEY if extended and change.get("without") is None else End.HANDSHAKE_FAILED
+    assert server.last == Ended(failed)
+    assert not client.done
 
 
 def both_closes(server: Server) -> Iterator[bool]:
@@ -351,6 +416,19 @@ def test_our_last_flight_is_sent_again_to_a_client_that_missed_it() -> None:
     assert server.engine.datagrams() == []  # the very same record once more is a replay
     server.client.feed(lost)
     assert server.client.done
+
+
+def test_what_the_engine_says_and_keeps_shows_no_key() -> None:
+    server = psk_server()
+    server.feed(server.to_client())
+    before = server.handshake
+    server.key()
+    server.engine.send(b"x")
+    shown = repr([server.events, server.engine, before, server.engine._protection, PskKey(Secret(KEY), "the offer")])
+    assert "the offer" not in shown
+    assert repr(KEY)[2:-1] not in shown
+    assert KEY.hex() not in shown
+    assert server.engine._handshake is None
 
 
 def test_what_was_received_is_never_received_again() -> None:

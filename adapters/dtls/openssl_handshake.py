@@ -11,6 +11,9 @@ buffers. When it has verified, the master secret is taken and OpenSSL's object g
 - *A wrong key is told.* To OpenSSL a Finished under a wrong key is one more record that does not verify, discarded in
   silence (RFC 6347 §4.1.2.7), and the device would wait for its own timeouts. That section lets a server answer with
   bad_record_mac; so do we, once, when under a PSK suite everything up to the Finished has come and has not verified.
+- *Numbers.* Our first record has the number of the ClientHello (RFC 6347 §4.2.1). OpenSSL's has 1, which a client that
+  had to repeat itself has seen already, in a HelloVerifyRequest, and takes for a copy. Records in the clear are
+  therefore numbered anew; no key covers these numbers.
 - *A flight that is too large for the path.* After the first flight that has to be sent again, one that had large
   datagrams is cut to `fallback_mtu`.
 
@@ -51,6 +54,7 @@ _WRITTEN: Final = 4_096  # most flights at once
 _CHANGED_CIPHER: Final = b"SSLv3/TLS read change cipher spec"  # OpenSSL's name for "the Finished comes next"
 _RANDOM_KEY: Final = 32
 _ALERT_ROOM: Final = 16  # record numbers that OpenSSL may have used for alerts that we did not see
+_LAST_START: Final = (1 << 48) - 4096  # of our record numbers: no client that counts from 0 comes so far
 
 
 class OpensslHandshake:
@@ -60,8 +64,10 @@ class OpensslHandshake:
     """
 
     __slots__ = (
+        "_ahead",
         "_connection",
         "_context",
+        "_first",
         "_fragment",
         "_identity",
         "_key",
@@ -85,6 +91,8 @@ class OpensslHandshake:
         self._out = out
         self._connection = context.connection(limits.mtu, has_psk=has_psk)
         self._sequences = [0, 0]  # next record numbers of epochs 0 and 1 in our direction
+        self._first = 0  # record number of the ClientHello, and of our first record
+        self._ahead: int | None = None  # of OpenSSL's numbers
         self._largest = 0  # datagram of the last flight
         self._fragment: int | None = None
         self._reader: IdentityReader | None = None
@@ -94,10 +102,13 @@ class OpensslHandshake:
 
     def start(self, hello: ClientHello) -> Outcome:
         """See the seam."""
+        self._first = int.from_bytes(hello.record[5:11], "big")
+        if self._first > _LAST_START:
+            return End.HANDSHAKE_FAILED
         forget_errors()
         try:
             self._connection.bio_write(hello.record)
-            # It begins at the number of this very ClientHello (RFC 6347 §4.2.2), as if it had sent our cookie itself.
+            # Its messages go on as if it had sent our cookie itself (RFC 6347 §4.2.2).
             self._connection.DTLSv1_listen()
         except SSL.Error:
             return End.HANDSHAKE_FAILED
@@ -226,19 +237,26 @@ class OpensslHandshake:
         if not written:
             return
         cut, start = len(self._out), 0
-        for record in split_records(written):
-            self._sequences[record.epoch & 1] = max(self._sequences[record.epoch & 1], record.sequence + 1)
+        records = split_records(bytes(written))
+        if self._ahead is None:
+            self._ahead = self._first - records[0].sequence
+        for record in records:
+            number = record.sequence
+            if not record.epoch:
+                number += self._ahead
+                written[record.start + 5 : record.start + 11] = number.to_bytes(6, "big")
+            self._sequences[record.epoch & 1] = max(self._sequences[record.epoch & 1], number + 1)
             if record.end - start > self.mtu and record.start > start:
-                self._out.append(written[start : record.start])
+                self._out.append(bytes(written[start : record.start]))
                 start = record.start
-        self._out.append(written[start:])
+        self._out.append(bytes(written[start:]))
         self._largest = max(map(len, self._out[cut:]))
 
     def _alert(self, description: int) -> None:
         self._out.append(plaintext_alert(description, self._sequences[0] + _ALERT_ROOM))
 
 
-def _written(connection: SSL.Connection) -> bytes:
+def _written(connection: SSL.Connection) -> bytearray:
     """All that OpenSSL has written."""
     parts: list[bytes] = []
     try:
@@ -248,4 +266,4 @@ def _written(connection: SSL.Connection) -> bytes:
                 break
     except SSL.WantReadError:
         pass
-    return b"".join(parts)
+    return bytearray().join(parts)

@@ -207,6 +207,29 @@ def test_nobody_on_the_path_chooses_what_is_agreed_on(
     assert not client.done
 
 
+@pytest.mark.parametrize("way_in", [b"PSK-AES128-CCM8", b"ECDHE-PSK-CHACHA20-POLY1305", b"ECDHE-ECDSA-AES128-CCM8"])
+def test_a_client_that_had_to_repeat_its_hello_takes_our_flight_for_no_copy(credentials: Holder, way_in: bytes) -> None:
+    """It has heard records 0 and 1 from us, the answers to its first ClientHello, and says its second in record 2."""
+    client = Client(psk_client_context(suites=way_in))
+    [first] = client.step()
+    repeated = read_client_hello(numbered(first, 1))
+    assert repeated is not None
+    [second] = client.feed(hello_verify_request(repeated, bytes(20)))
+    hello = read_client_hello(numbered(second, 2))
+    assert hello is not None
+    engine = DtlsEngine(DtlsContext(credentials.credentials()), hello, DtlsLimits())
+    assert engine.start(hello) == []
+    [flight] = engine.datagrams()
+    sequences = [record.sequence for record in split_records(flight)]
+    assert sequences == list(range(2, 2 + len(sequences)))
+    assert client.feed(flight)  # it goes on, without anything sent again
+
+
+def numbered(datagram: bytes, number: int) -> bytes:
+    """Its first record under another number."""
+    return datagram[:5] + number.to_bytes(6, "big") + datagram[11:]
+
+
 def both_closes(server: Server) -> Iterator[bool]:
     server.engine.close()
     server.to_client()

@@ -56,7 +56,7 @@ def plan(tier: str, arguments: Sequence[str], workers: int) -> tuple[Part, ...]:
         return (Part("unit", ("tests/unit", *arguments)),)
     if tier != "integration":
         raise ValueError(f"{tier!r} is neither unit nor integration")
-    beside = ("-m", "not alone", "-n", str(workers), "--dist", "loadfile")
+    beside = ("-m", "not alone", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder")
     return (
         Part("integration", (*INTEGRATION, *beside, *arguments)),
         Part("integration, alone", (*INTEGRATION, "-m", "alone", *arguments)),

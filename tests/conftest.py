@@ -15,6 +15,36 @@ MakeTenant = Callable[[], Awaitable[TenantId]]
 MakeDevice = Callable[..., Awaitable[DeviceId]]
 
 
+LONGEST = (
+    "test_embedded_postgres.py",
+    "test_kills.py",
+    "test_two_nodes.py",
+    "test_mqtt_wills.py",
+    "test_mqtt_clients.py",
+    "test_mqtt_mutants.py",
+    "test_mqtt_abuse.py",
+    "test_cli_quick_start.py",
+    "test_hostile_server.py",
+    "test_operations.py",
+    "test_coap_clients.py",
+    "test_demo.py",
+    "test_schemathesis.py",
+    "test_mqtt_kills.py",
+    "test_cli_serve.py",
+    "test_openssl_curl.py",
+    "test_isolation.py",
+)
+"""Files that take long, by --durations. Where files are run beside each other these are begun first: one of them begun
+last would be waited for by workers that have nothing left to do."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first, for workers only (tests/__main__.py)."""
+    if hasattr(config, "workerinput"):
+        rank = {name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
 def pytest_report_header() -> str:
     """Say which PostgreSQL is used: a test run on one version says nothing about another."""
     try:

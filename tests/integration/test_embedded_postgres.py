@@ -175,7 +175,8 @@ def test_this_machine_has_programs_to_test(capsys: pytest.CaptureFixture[str]) -
 # ---- starting and stopping ------------------------------------------------------------------------------------------
 
 
-async def test_data_survives_stop_and_start(data_dir: Path, binaries: PostgresBinaries) -> None:
+async def test_data_survives_stop_and_start(short_dir: Path, binaries: PostgresBinaries) -> None:
+    data_dir = short_dir / "D"  # where a socket fits, whose place is then the same each time
     async with embedded(data_dir, binaries, fsync=True) as postgres:
         first = postgres.dsn
         async with connected(first) as connection:

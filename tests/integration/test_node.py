@@ -159,6 +159,7 @@ async def _rebase(database: Database) -> None:
             assert await events.rebase(connection) == 0
 
 
+@pytest.mark.alone
 async def test_peers_that_do_not_answer_expire_together_within_one_deadline(
     dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId
 ) -> None:

@@ -11,7 +11,7 @@ What holds for every script of dtls_attempts.py, and what the differences betwee
   is behind it: at a spoilt identity (decrypt_error) or shape (decode_error), or at a spoilt Finished (bad_record_mac).
 - Behind a record whose length is wrong OpenSSL goes on reading and may find another one; for us the datagram ends.
 
-In the suite a few seconds of it. By hand, 300,000 flights and 1,600,000 steps at a listener:
+In the suite a few seconds of it. By hand, in 10 minutes, 300,000 flights and 1,600,000 steps at a listener:
 
     GATEHOUSE_DTLS_MUTANTS=200 pytest tests/fuzz/test_dtls_mutants.py --timeout 0
 """
@@ -130,7 +130,8 @@ def test_spoilt_hellos_are_refused_where_openssl_refuses_them_or_passed_over(kin
                 extensions.insert(at, dice.randrange(256))
         asked = hello(bytes(extensions))
         ours, theirs = answer(asked, openssl=False), answer(asked, openssl=True)
-        if theirs:
+        kinds = [each for each, _ in listed(asked.extensions[2:])]
+        if theirs and len(set(kinds)) == len(kinds):
             assert ours == theirs, asked.record.hex()
         both += ours == theirs
     assert both > SCRIPTS / 10

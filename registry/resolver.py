@@ -132,6 +132,7 @@ class Resolver:
         self._rechecks: Batcher[CredentialId, CredentialState | None] = Batcher(
             "credential recheck", self._read_again, max_items=_LOOKUP_BATCH, max_queued=_LOOKUP_QUEUE, runners=2
         )
+        self._recording: dict[CredentialId, asyncio.Future[None]] = {}
         self._first_uses: Batcher[tuple[CredentialState, Contact], None] = Batcher(
             "first use", self._record_first_uses, max_items=_FIRST_USES, max_queued=_LOOKUP_QUEUE, runners=2
         )
@@ -228,7 +229,7 @@ class Resolver:
             raise self._refuse(None, "credential deleted", contact, identity)
         confirmed = self._identity(state, contact)
         if not state.used or _is_news(state, contact):
-            await self._first_uses.submit((state, contact))
+            await self._first_use(state, contact)
         self.counters.admitted += 1
         return confirmed
 
@@ -289,20 +290,27 @@ class Resolver:
         async with self._database.connection() as connection:
             return await certificates.of_credential(connection, state.tenant_id, state.credential_id) is not None
 
+    async def _first_use(self, state: CredentialState, contact: Contact) -> None:
+        """Record it, or wait for who is doing so already."""
+        recorded = self._recording.get(state.credential_id)
+        if recorded is None:
+            recorded = self._recording[state.credential_id] = self._first_uses.submit((state, contact))
+            recorded.add_done_callback(lambda _: self._recording.pop(state.credential_id, None))
+        await asyncio.shield(recorded)
+
     async def _record_first_uses(
         self, uses: Sequence[tuple[CredentialState, Contact]]
     ) -> Sequence[RegistryError | None]:
-        """Each credential once, each in a transaction of its own: it locks its device, and fails alone."""
-        outcomes: dict[CredentialId, RegistryError | None] = {}
+        """Each in a transaction of its own: it locks its device, and fails alone."""
+        outcomes: list[RegistryError | None] = []
         for state, contact in uses:
-            if state.credential_id in outcomes:
-                continue
-            outcomes[state.credential_id] = None
             try:
                 await self._record_first_use(state, contact)
             except RegistryError as error:
-                outcomes[state.credential_id] = error
-        return [outcomes[state.credential_id] for state, _ in uses]
+                outcomes.append(error)
+            else:
+                outcomes.append(None)
+        return outcomes
 
     async def _record_first_use(self, state: CredentialState, contact: Contact) -> None:
         async with self._database.transaction() as connection:

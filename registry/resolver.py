@@ -36,6 +36,8 @@ from hashlib import sha256
 from typing import assert_never
 from uuid import UUID
 
+import msgspec
+
 from certs.chains import BadCertificate, describe_certificate
 from certs.renewal import GRACE, ValidityState, validity_state
 from registry import secrets
@@ -79,12 +81,14 @@ _DECOY = SealContext("psk", "", "")
 """Whose the sealed value is that is opened for identities that nobody has."""
 
 
-@dataclass(frozen=True, slots=True)
-class PskOffer:
+class PskOffer(msgspec.Struct, frozen=True):
     """A key for a handshake that has not proved anything yet. It opens no session; `Resolver.confirm` must follow."""
 
     key: Secret[bytes]
-    state: CredentialState | None = field(repr=False)
+    state: CredentialState | None
+
+    def __repr__(self) -> str:
+        return "PskOffer(…)"
 
 
 @dataclass(slots=True)

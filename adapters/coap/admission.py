@@ -44,6 +44,8 @@ from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Final, assert_never
 
+import msgspec
+
 from adapters.coap.endpoint import CoapEndpoint
 from adapters.coap.errors import error_response
 from adapters.coap.server_limits import ServerLimits
@@ -71,8 +73,7 @@ if TYPE_CHECKING:
     from adapters.coap.server import ServerCounters
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(msgspec.Struct, frozen=True):
     """An admitted device."""
 
     session: Session
@@ -103,8 +104,7 @@ _Pool = dict[str, "list[Guest]"]
 """Claimants by address block, oldest first."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Offered:
+class _Offered(msgspec.Struct, frozen=True):
     """What goes with a handshake: the offer, and the contact under which its refusals are noted."""
 
     made: PskOffer | ClaimOffer

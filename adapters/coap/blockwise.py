@@ -15,8 +15,10 @@ One `Uploads` and one `Snapshots` serve all peers. Both are in the order of thei
 the order of their end. Each has two memories, as duplicates.py has: that of devices, and a small one of strangers, all
 those whose association is no device's, or not yet. Neither takes from the other.
 
-Devices' uploads never push each other out beyond their own peer: where all of their memory is taken, a block is refused
-(5.03: come back). If bodies of all sizes could displace others, many that begin at once would all go on in vain.
+Where all of the devices' memory is taken, an upload that would begin is refused (5.03: come back), and one that goes on
+takes the place of the one that has begun last (whose next block is then a gap), or is refused if it is that one. If any
+could displace any other, many that begin at once would all go on in vain; if none could, all would wait for each other.
+As it is the oldest always gets to its end, and then the next one.
 Among strangers a refusal would let some keep all others out for as long as they like. So there the oldest upload of who
 holds most gives way to who will hold no more than half of that, and its next block is a gap: a CSR gets in beside any
 number of large bodies. Snapshots go in both, the oldest of the peer that holds most: a GET can be asked again, and is
@@ -113,11 +115,12 @@ class _Uploader(Share):
 class Uploads:
     """Bodies that are not whole yet, of all peers."""
 
-    __slots__ = ("_devices", "_limits", "_of_peer", "_strangers", "_uploads")
+    __slots__ = ("_begun", "_devices", "_limits", "_of_peer", "_strangers", "_uploads")
 
     def __init__(self, limits: CoapLimits) -> None:
         self._limits = limits
-        self._uploads: OrderedDict[Key, _Upload] = OrderedDict()
+        self._uploads: OrderedDict[Key, _Upload] = OrderedDict()  # in the order of their last use
+        self._begun: dict[Key, None] = {}  # those of devices, in the order in which they began
         self._of_peer: dict[PeerKey, _Uploader] = {}
         self._devices: Shares[_Uploader] = Shares(limits.upload_bytes)
         self._strangers: Shares[_Uploader] = Shares(limits.stranger_upload_bytes)
@@ -188,6 +191,7 @@ class Uploads:
         if uploader is None or uploader.known:
             return
         uploader.known = True
+        self._begun.update(dict.fromkeys(uploader.uploads))
         self._strangers.hand_over(uploader, self._devices)
         if self._devices.bytes > self._devices.limit:
             self.forget(peer)
@@ -221,6 +225,8 @@ class Uploads:
         upload = _Upload(content_format, now + self._limits.upload_timeout)
         upload.body += payload
         self._uploads[key] = uploader.uploads[key] = upload
+        if uploader.known:
+            self._begun[key] = None
         self._of_peer[key.peer] = uploader
         self._shares(uploader).charge(uploader, _COST + len(payload))
         return Partial()
@@ -229,7 +235,8 @@ class Uploads:
         return self._devices if uploader.known else self._strangers
 
     def _room(self, uploader: _Uploader, key: Key, extra: int) -> bool:
-        """Whether `key` may take more; others of its peer, or of a stranger who has much more than it, make room."""
+        """Whether `key` may take more; others of its peer, younger ones of devices, or a stranger's who has much more
+        than it, make room."""
         limits, shares = self._limits, self._shares(uploader)
         most = limits.upload_bytes_per_peer if uploader.known else limits.body_bytes + _COST
         while uploader.bytes + extra > most:
@@ -238,11 +245,21 @@ class Uploads:
                 return False
             self._drop(oldest)
         while shares.bytes + extra > shares.limit:
-            greediest = None if uploader.known else shares.greediest()
-            if greediest is None or greediest.bytes < 2 * (uploader.bytes + extra):
+            gives_way = self._youngest(key) if uploader.known else self._greediest(uploader.bytes + extra)
+            if gives_way is None:
                 return False
-            self._drop(next(iter(greediest.uploads)))
+            self._drop(gives_way)
         return True
+
+    def _youngest(self, key: Key) -> Key | None:
+        """The devices' upload that began last; None for `key` itself, and for one that has not begun."""
+        youngest = next(reversed(self._begun), None)
+        return None if youngest == key or key not in self._begun else youngest
+
+    def _greediest(self, wanted: int) -> Key | None:
+        """The oldest upload of the stranger who holds most, if that is at least twice what another one will hold."""
+        greediest = self._strangers.greediest()
+        return None if greediest is None or greediest.bytes < 2 * wanted else next(iter(greediest.uploads))
 
     def _touch(self, key: Key, upload: _Upload, now: float) -> None:
         upload.expires = now + self._limits.upload_timeout
@@ -252,6 +269,7 @@ class Uploads:
         upload = self._uploads.pop(key, None)
         if upload is None:
             return
+        self._begun.pop(key, None)
         uploader = self._of_peer[key.peer]
         del uploader.uploads[key]
         if not uploader.uploads:

@@ -143,7 +143,28 @@ def test_a_crowd_of_strangers_leaves_devices_all_of_their_room_and_a_stranger_a_
     assert len(stranger.asked().payload) == 2 * 1_024 + 3
 
 
-def test_devices_uploads_never_push_each_other_out() -> None:
+def test_devices_that_upload_more_than_there_is_room_for_all_get_to_their_end() -> None:
+    """Each sends its blocks in turn, repeats what is refused for now, and begins anew where a block is missing."""
+    memory = small_memory()
+    crowd = [Dialogue(SMALL, memory) for _ in range(20)]
+    at, message_ids, finished = [0] * len(crowd), [0] * len(crowd), 0
+    for _ in range(400):
+        for number, each in enumerate(crowd):
+            if at[number] > 7:
+                continue
+            said = block(each, message_ids[number], at[number], at[number] < 7)
+            message_ids[number] += 1
+            if said == "ACK 4.08":
+                at[number] = 0
+            elif said != "ACK 5.03":
+                at[number] += 1
+                finished += at[number] == 8
+        assert memory.uploads.size <= SMALL.upload_bytes
+    assert finished == len(crowd)
+    assert memory.uploads.size == 0
+
+
+def test_an_upload_that_begins_takes_nothing_from_those_that_go_on() -> None:
     memory = small_memory()
     crowd = [Dialogue(SMALL, memory) for _ in range(8)]
     for number in range(7):

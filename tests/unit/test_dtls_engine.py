@@ -402,14 +402,17 @@ def test_a_handshake_has_a_size() -> None:
     assert server.last == Ended(End.HANDSHAKE_OVERSIZED)
 
 
-def test_records_of_the_next_epoch_are_bounded() -> None:
-    server = psk_server()
+@pytest.mark.parametrize("suite", [b"PSK-AES128-CCM8", b"ECDHE-PSK-CHACHA20-POLY1305"], ids=bytes.decode)
+def test_records_of_the_next_epoch_are_bounded(suite: bytes) -> None:
+    """OpenSSL would keep a buffer for each, and gets none any more; ours keeps four and can do without."""
+    server = psk_server(suites=suite)
     [flight] = server.to_client()
     early = b"\x16\xfe\xfd\0\1\0\0\0\0\0\x09\0\x20" + bytes(32)
     server.feed([early * 10] * 30)
     server.feed([flight])
+    assert server.last == IdentityNeeded(b"device-1")
     server.key()
-    assert isinstance(server.last, Ended | IdentityNeeded)
+    assert isinstance(server.last, Established) is isinstance(server.handshake, PskHandshake)
 
 
 @pytest.mark.parametrize("suite", [b"PSK-AES128-CCM8", b"ECDHE-PSK-CHACHA20-POLY1305"], ids=bytes.decode)

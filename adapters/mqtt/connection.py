@@ -29,6 +29,9 @@ came before it. Whatever ends the connection while these are waited for, the wil
 
 Aliases and quotas live and die with the connection [MQTT-3.3.2-7], 5.0 §4.9; all else is in the session.
 
+Its parts: acknowledgements.py (what is owed for incoming messages), subscription_requests.py (what is judged),
+outgoing.py (what is to be written), negotiation.py (what CONNECT is given).
+
 Most connections of a node are idle, so what is empty should take nothing: queues are lists, since an empty deque takes
 0.75 KB; they are short, so taking from the front costs no more.
 """
@@ -36,10 +39,10 @@ Most connections of a node are idle, so what is empty should take nothing: queue
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final
 
+from adapters.mqtt.acknowledgements import Acknowledgements
 from adapters.mqtt.machine_events import (
     Cause,
     ConnectRequested,
@@ -48,21 +51,20 @@ from adapters.mqtt.machine_events import (
     PublishReceived,
     ReleaseReceived,
     SubscribeRequested,
-    UnsubscribeRequested,
 )
 from adapters.mqtt.machine_limits import MqttLimits
+from adapters.mqtt.negotiation import connack_properties, granted_expiry, kept_alive, shortened_expiry
+from adapters.mqtt.outgoing import Outgoing, reason_string
 from adapters.mqtt.properties import NO_PROPERTIES, Properties
 from adapters.mqtt.session import Incoming, Session
 from adapters.mqtt.session_values import (
-    NEVER,
     Delivery,
     Receipt,
-    Subscription,
     message_of,
-    publish_of,
 )
-from adapters.mqtt.topics import Filter, InvalidTopic, TopicTooLong, parse_filter, parse_name
-from adapters.mqtt.wire import announced_version, decode, encode, packet_type
+from adapters.mqtt.subscription_requests import Granted, SubscriptionRequests
+from adapters.mqtt.topics import InvalidTopic, TopicTooLong, parse_name
+from adapters.mqtt.wire import announced_version, decode, packet_type
 from adapters.mqtt.wire_framing import Framer
 from adapters.mqtt.wire_packets import (
     Ack,
@@ -74,10 +76,8 @@ from adapters.mqtt.wire_packets import (
     Ping,
     Publish,
     QoS,
-    RetainHandling,
     Suback,
     Subscribe,
-    SubscriptionRequest,
     Unsuback,
     Unsubscribe,
 )
@@ -120,79 +120,28 @@ _LEGAL: Final[dict[State, frozenset[PacketType]]] = {
     ),
     State.CLOSED: frozenset(),
 }
-_UNLIMITED: Final = 268_435_460  # the largest packet that there can be, header included
-_FOREVER: Final = 0xFFFF_FFFF  # a session expiry interval without end, 5.0 §3.1.2.11.2
-# What nearly all acknowledgements are, in both versions: without a reason and properties. 5.0 §3.4.2.1, 3.1.1 §3.4.
-_BARE_ACKS: Final = {PacketType.PUBACK: b"\x40\x02", PacketType.PUBREC: b"\x50\x02"}
-_BARE_ACK_BYTES: Final = 4
-_MAY_EXPLAIN: Final = (PacketType.CONNACK, PacketType.DISCONNECT)
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """A subscription that now stands. `send_retained`: the matching retained messages are owed, after the SUBACK."""
-
-    subscription: Subscription
-    replaced: Subscription | None
-    send_retained: bool
-
-
-class _Pending:
-    """An incoming PUBLISH that is not acknowledged on this connection."""
-
-    __slots__ = ("packet_id", "reason", "receipt", "text")
-
-    def __init__(self, packet_id: int, receipt: Receipt | None, reason: ReasonCode | None) -> None:
-        self.packet_id = packet_id
-        self.receipt = receipt
-        self.reason = reason
-        self.text = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Subscribing:
-    """A SUBSCRIBE under way. Its filters count as if they came one after the other [MQTT-3.8.4-5], so one for which
-    there is no room waits for those before it, which may be refused; `asked` are places in `requests`."""
-
-    packet_id: int
-    requests: tuple[tuple[SubscriptionRequest, Filter | None, ReasonCode | None], ...]
-    asked: tuple[int, ...]
-    identifier: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Unsubscribing:
-    packet_id: int
-    filters: tuple[str, ...]
 
 
 class Connection:
     """One network connection. Times are seconds on the caller's clock; nothing raises for the peer's faults."""
 
     __slots__ = (
-        "_aliases_allowed",
+        "_acknowledgements",
         "_aliases_in",
-        "_aliases_out",
         "_connect",
         "_events",
-        "_explain",
         "_framer",
         "_heard_at",
-        "_holding",
-        "_judging",
         "_keep_alive",
         "_last_levels",
         "_last_topic",
         "_leaving",
-        "_max_packet",
+        "_names_too_long",
         "_now",
         "_opened_at",
-        "_out",
-        "_out_bytes",
+        "_outgoing",
         "_partial_since",
-        "_pending",
-        "_pubacks",
-        "_pubrecs",
+        "_requests",
         "_stalled_since",
         "_unanswered",
         "_unanswered_bytes",
@@ -201,9 +150,7 @@ class Connection:
         "limits",
         "session",
         "state",
-        "subscriptions_full",
         "timer_stands",
-        "topics_too_long",
         "turn",
         "version",
     )
@@ -218,15 +165,11 @@ class Connection:
         self._framer = Framer(limits.connect_bytes)
         self.turn: int | None = None
         """Packets that may still be taken in this turn of the shell's loop; None for any number."""
-        self.subscriptions_full = 0
-        """Filters that were refused because the session had no room, since the shell looked and set it to 0."""
         self.timer_stands = False
         """Whether what `next_timer` said last is early enough still: its times have only moved away since."""
-        self.topics_too_long = 0
-        """Names and filters above a limit of ours, likewise."""
+        self._names_too_long = 0
         self._events: list[Event] = []
-        self._out: list[bytes] = []
-        self._out_bytes = 0
+        self._outgoing = Outgoing()
         self._connect: Connect | None = None
         self._opened_at = now
         self._heard_at = now
@@ -234,25 +177,16 @@ class Connection:
         self._keep_alive = 0.0
         self._partial_since: float | None = None
         self._stalled_since: float | None = None
-        self._judging: _Subscribing | _Unsubscribing | None = None
+        self._requests = SubscriptionRequests()
         self._leaving: tuple[ReasonCode, float | None] | None = None  # of DISCONNECT: its reason, another expiry
-        # the peer's limits
-        self._max_packet = _UNLIMITED
-        self._window = limits.inflight
-        self._explain = True
-        self._aliases_allowed = 0
+        self._window = limits.inflight  # the peer's, or ours
         # incoming
         self._aliases_in: dict[int, str] = {}
-        self._pending: dict[tuple[QoS, int], _Pending] = {}
-        self._pubacks: list[_Pending] = []
-        self._pubrecs: list[_Pending] = []
-        self._holding: set[int] = set()  # QoS 2 ids that count against our Receive Maximum
+        self._acknowledgements = Acknowledgements()
         self._unanswered = 0
         self._unanswered_bytes = 0
         self._last_topic: str | None = None  # of the last PUBLISH, with its levels
         self._last_levels: tuple[str, ...] = ()
-        # outgoing
-        self._aliases_out: dict[str, int] = {}
 
     # Network in -----------------------------------------------------------------------------------------------------
 
@@ -286,7 +220,7 @@ class Connection:
     @property
     def busy(self) -> bool:
         """Whether the server owes an answer: a message is being stored, or a request judged."""
-        return self.state is State.DECIDING or self._judging is not None or self._unanswered > 0
+        return self.state is State.DECIDING or self._requests.judging is not None or self._unanswered > 0
 
     def receive(self, data: bytes | bytearray | memoryview, now: float) -> None:
         """Bytes from the network. What comes after the end, or after DISCONNECT, is ignored."""
@@ -297,7 +231,7 @@ class Connection:
     def lost(self, now: float) -> None:
         """The network is closed, by the peer or by a fault, without a DISCONNECT."""
         self._finish(now, Cause.LOST, ReasonCode.UNSPECIFIED_ERROR, "the network closed", publish_will=True)
-        self._discard_output()
+        self._outgoing.clear()
 
     @property
     def has_events(self) -> bool:
@@ -317,15 +251,20 @@ class Connection:
             if not self._take_packet(now):
                 return None
 
+    def take_refusals(self) -> tuple[int, int]:
+        """Since the last call: filters for which the session had no room; names and filters above a limit of ours."""
+        requests = self._requests
+        counted = requests.full, requests.too_long + self._names_too_long
+        requests.full = requests.too_long = self._names_too_long = 0
+        return counted
+
     # Network out ----------------------------------------------------------------------------------------------------
 
     def data_to_send(self, now: float) -> bytes:
         """What is to be written now, empty for nothing. Call until empty; afterwards there may be events."""
-        if not self._out and self.state is State.OPEN and self.session is not None:
+        if not self._outgoing.size and self.state is State.OPEN and self.session is not None:
             self.session.flush(now)
-        data = b"".join(self._out)
-        self._discard_output()
-        return data
+        return self._outgoing.take()
 
     def pause_writing(self, now: float) -> None:
         """The network takes no more for now."""
@@ -396,7 +335,8 @@ class Connection:
         expiry = self.granted_expiry(connect)
         properties = NO_PROPERTIES
         if connect.version is Version.V5:
-            properties = self._connack_properties(connect, expiry, client_id, response_information)
+            self._keep_alive = kept_alive(connect, self.limits)
+            properties = connack_properties(connect, self.limits, expiry, client_id, response_information)
         else:
             self._keep_alive = float(connect.keep_alive)
         self._send(Connack(session_present, ReasonCode.SUCCESS, properties), now)
@@ -416,36 +356,18 @@ class Connection:
         """
         if self.state is not State.OPEN or self.session is None:
             return ()
-        judged = self._judging
-        if not isinstance(judged, _Subscribing) or judged.packet_id != packet_id:
-            raise LocalProtocolError(f"no SUBSCRIBE {packet_id} waits for an answer")
-        if len(reasons) != len(judged.asked):
-            raise LocalProtocolError("one reason for each request")
+        granted, next_step = self._requests.subscribed(packet_id, reasons, self.session.subscriptions, self.limits)
         self._heard_at = now
-        granted: list[Granted] = []
-        requests = list(judged.requests)
-        for at, reason in zip(judged.asked, reasons, strict=True):
-            request, topic_filter, _ = requests[at]
-            requests[at] = request, topic_filter, reason
-            if not reason.failed and topic_filter is not None:
-                granted.append(self._grant(self.session, request, topic_filter, reason, judged.identifier))
-        self._ask_for(packet_id, requests, judged.identifier, now)
-        return tuple(granted)
+        self._asked(next_step, now)
+        return granted
 
     def unsubscribed(self, packet_id: int, now: float) -> None:
         """The subscriptions of UnsubscribeRequested are gone from the server's table. Sends UNSUBACK."""
         if self.state is not State.OPEN or self.session is None:
             return
-        judged = self._judging
-        if not isinstance(judged, _Unsubscribing) or judged.packet_id != packet_id:
-            raise LocalProtocolError(f"no UNSUBSCRIBE {packet_id} waits for an answer")
-        self._judging = None
+        answer = self._requests.unsubscribed(packet_id, self.session.unsubscribe)
         self._heard_at = now
-        reasons = tuple(
-            ReasonCode.NO_SUBSCRIPTION_EXISTED if self.session.unsubscribe(text) is None else ReasonCode.SUCCESS
-            for text in judged.filters
-        )
-        self._send(Unsuback(packet_id, reasons), now)  # also where nothing was deleted [MQTT-3.10.4-5]
+        self._send(answer, now)
 
     def disconnect(self, reason: ReasonCode, now: float, *, publish_will: bool = True, text: str = "") -> None:
         """End the connection from our side: revocation (no will), takeover, shutting down. Idempotent."""
@@ -464,7 +386,7 @@ class Connection:
             self.state is State.OPEN
             and self._leaving is None
             and self._stalled_since is None
-            and self._out_bytes < self.limits.write_bytes
+            and self._outgoing.size < self.limits.write_bytes
         )
 
     @property
@@ -473,27 +395,8 @@ class Connection:
         return self._window
 
     def publish(self, delivery: Delivery, packet_id: int, dup: bool, now: float) -> bool:
-        """Send PUBLISH, with an alias where the peer allows one; False when it is too large [MQTT-3.1.2-24]."""
-        if self.version is not Version.V5:
-            message = delivery.message
-            packet = Publish(message.topic, message.payload, delivery.qos, delivery.retain, dup, packet_id)
-            self._write(encode(packet, Version.V311))
-            return True
-        packet = publish_of(delivery, packet_id, dup, now)
-        topic = packet.topic
-        alias = self._aliases_out.get(topic)
-        if alias is not None:
-            packet = replace(packet, topic="", properties=replace(packet.properties, topic_alias=alias))
-        elif len(self._aliases_out) < self._aliases_allowed:
-            alias = len(self._aliases_out) + 1
-            packet = replace(packet, properties=replace(packet.properties, topic_alias=alias))
-        data = encode(packet, Version.V5)
-        if len(data) > self._max_packet:
-            return False
-        if alias is not None:
-            self._aliases_out[topic] = alias
-        self._write(data)
-        return True
+        """Send PUBLISH; False when it is too large for the peer [MQTT-3.1.2-24]."""
+        return self._outgoing.publish(delivery, packet_id, dup, self.version or Version.V311, now)
 
     def release(self, packet_id: int, reason: ReasonCode) -> None:
         """Send PUBREL."""
@@ -501,7 +404,7 @@ class Connection:
 
     def complete(self, packet_id: int, reason: ReasonCode) -> None:
         """Send PUBCOMP."""
-        self._holding.discard(packet_id)
+        self._acknowledgements.completed(packet_id)
         self._acknowledge(PacketType.PUBCOMP, packet_id, reason)
 
     def answered(self, receipt: Receipt, reason: ReasonCode, text: str, now: float) -> None:
@@ -514,22 +417,12 @@ class Connection:
             if self._keeps_up:
                 self._heard_at = max(self._heard_at, now)
         if receipt.qos is not QoS.AT_MOST_ONCE:
-            self._settle(receipt, reason, text, now)
+            self._acknowledgements.answer(receipt, reason, text)
+            self._flush_acks(receipt.qos, now)
         elif reason.failed and receipt.epoch == self.session.epoch:
             self._end(now, Cause.VIOLATION, reason, text or "a message that is refused")
         if self._leaving is not None:
             self._leave(now)
-
-    def _settle(self, receipt: Receipt, reason: ReasonCode, text: str, now: float) -> None:
-        pending = self._pending.get((receipt.qos, receipt.packet_id))
-        if pending is None or (receipt.qos is QoS.AT_LEAST_ONCE and pending.receipt != receipt):
-            return
-        pending.reason = reason
-        pending.text = text
-        if receipt.qos is QoS.AT_LEAST_ONCE:
-            self._flush_acks(self._pubacks, PacketType.PUBACK, now)
-        else:
-            self._flush_acks(self._pubrecs, PacketType.PUBREC, now)
 
     # Packets --------------------------------------------------------------------------------------------------------
 
@@ -539,7 +432,7 @@ class Connection:
         return (
             self.state in (State.AWAITING_CONNECT, State.OPEN)
             and self._leaving is None
-            and self._judging is None
+            and self._requests.judging is None
             and self._stalled_since is None
             and self._unanswered < self.limits.unanswered_messages
             and self._unanswered_bytes < self.limits.unanswered_bytes
@@ -628,10 +521,8 @@ class Connection:
 
     def _read_peer_limits(self, connect: Connect) -> None:
         properties = connect.properties
-        self._max_packet = properties.maximum_packet_size or _UNLIMITED
         self._window = min(properties.receive_maximum or 0xFFFF, self.limits.inflight)  # [MQTT-4.9.0-1]
-        self._explain = properties.request_problem_information != 0
-        self._aliases_allowed = min(properties.topic_alias_maximum or 0, self.limits.topic_aliases_out)
+        self._outgoing.allow(properties, self.limits.topic_aliases_out)
 
     def _on_publish(self, packet: Publish, now: float) -> None:
         properties = packet.properties
@@ -646,30 +537,25 @@ class Connection:
         if packet.qos is QoS.AT_MOST_ONCE:
             self._announce(packet, topic, levels, now)
             return
-        queue = self._pubacks if packet.qos is QoS.AT_LEAST_ONCE else self._pubrecs
-        repeated = self._pending.get((packet.qos, packet.packet_id))
-        if repeated is not None:
+        acknowledgements, packet_id = self._acknowledgements, packet.packet_id
+        if acknowledgements.awaits(packet.qos, packet_id):
             if packet.qos is QoS.AT_LEAST_ONCE and not packet.dup:
                 raise violation("a packet identifier that is in use")  # [MQTT-2.2.1-3]
             return  # the acknowledgement that is on its way answers both
         self._check_receive_maximum(packet)
         if packet.qos is QoS.AT_LEAST_ONCE:
-            pending = _Pending(packet.packet_id, self._announce(packet, topic, levels, now), None)
-        else:
-            match self._session.incoming.get(packet.packet_id):
-                case None:
-                    pending = _Pending(packet.packet_id, self._announce(packet, topic, levels, now), None)
-                case Incoming.STORING:  # begun on an earlier connection; its answer will be this one's
-                    pending = _Pending(packet.packet_id, None, None)
-                case Incoming.STORED:  # [MQTT-4.3.3-10]
-                    pending = _Pending(packet.packet_id, None, ReasonCode.SUCCESS)
-                case Incoming.RELEASING:
-                    raise violation("a packet identifier between PUBREL and PUBCOMP")
-            self._holding.add(packet.packet_id)
-        self._pending[packet.qos, packet.packet_id] = pending
-        queue.append(pending)
-        if pending.reason is not None:
-            self._flush_acks(queue, PacketType.PUBREC, now)
+            acknowledgements.expect(packet.qos, packet_id, self._announce(packet, topic, levels, now))
+            return
+        match self._session.incoming.get(packet_id):
+            case None:
+                acknowledgements.expect(packet.qos, packet_id, self._announce(packet, topic, levels, now))
+            case Incoming.STORING:  # begun on an earlier connection; its answer will be this one's
+                acknowledgements.expect(packet.qos, packet_id, None)
+            case Incoming.STORED:  # [MQTT-4.3.3-10]
+                acknowledgements.expect(packet.qos, packet_id, None, ReasonCode.SUCCESS)
+                self._flush_acks(packet.qos, now)
+            case Incoming.RELEASING:
+                raise violation("a packet identifier between PUBREL and PUBCOMP")
 
     def _announce(self, packet: Publish, topic: str, levels: tuple[str, ...], now: float) -> Receipt:
         message = message_of(packet, topic, now)
@@ -681,9 +567,9 @@ class Connection:
 
     def _check_receive_maximum(self, packet: Publish) -> None:
         if self.version is Version.V5:
-            if packet.packet_id in self._holding and packet.qos is QoS.EXACTLY_ONCE:
+            if packet.qos is QoS.EXACTLY_ONCE and self._acknowledgements.holds(packet.packet_id):
                 return
-            if len(self._pubacks) + len(self._holding) >= self.limits.receive_maximum:
+            if self._acknowledgements.outstanding >= self.limits.receive_maximum:
                 text = f"more than {self.limits.receive_maximum} unacknowledged messages"
                 raise RemoteProtocolError(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, text)  # 5.0 §4.9
         if packet.qos is QoS.EXACTLY_ONCE and packet.packet_id not in self._session.incoming:
@@ -712,7 +598,7 @@ class Connection:
         try:
             return parse_name(topic, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
         except InvalidTopic as error:
-            self.topics_too_long += isinstance(error, TopicTooLong)
+            self._names_too_long += isinstance(error, TopicTooLong)
             raise RemoteProtocolError(ReasonCode.TOPIC_NAME_INVALID, str(error)) from None
 
     def _check_response_topic(self, properties: Properties) -> None:
@@ -724,89 +610,16 @@ class Connection:
             self._events.append(ReleaseReceived(packet.packet_id))
 
     def _on_subscribe(self, packet: Subscribe, now: float) -> None:
-        identifiers = packet.properties.subscription_identifiers
-        judged: list[tuple[SubscriptionRequest, Filter | None, ReasonCode | None]] = []
-        for request in packet.requests:
-            topic_filter = self._filter(request.filter)
-            if topic_filter is None:
-                judged.append((request, None, ReasonCode.TOPIC_FILTER_INVALID))
-                continue
-            if request.no_local and topic_filter.group is not None:
-                raise violation("no local on a shared subscription")  # [MQTT-3.8.3-4]
-            judged.append((request, topic_filter, None))
-        self._ask_for(packet.packet_id, judged, identifiers[0] if identifiers else None, now)
-
-    def _ask_for(
-        self,
-        packet_id: int,
-        requests: list[tuple[SubscriptionRequest, Filter | None, ReasonCode | None]],
-        identifier: int | None,
-        now: float,
-    ) -> None:
-        """Ask for as many as there is room for; with nothing left to ask, send SUBACK."""
-        known = set(self._session.subscriptions)
-        asked: list[int] = []
-        for at, (request, topic_filter, reason) in enumerate(requests):
-            if reason is not None:
-                continue
-            if request.filter in known or len(known) < self.limits.subscriptions:
-                known.add(request.filter)
-                asked.append(at)
-            elif asked:
-                break  # these may be refused, and leave their room
-            else:
-                requests[at] = request, topic_filter, ReasonCode.QUOTA_EXCEEDED
-                self.subscriptions_full += 1
-        if asked:
-            self._judging = _Subscribing(packet_id, tuple(requests), tuple(asked), identifier)
-            wanted = tuple(requests[at][0] for at in asked)
-            self._events.append(SubscribeRequested(packet_id, wanted, identifier))
-            return
-        self._judging = None
-        self._send(Suback(packet_id, tuple(reason for _, _, reason in requests if reason is not None)), now)
+        self._asked(self._requests.subscribe(packet, self._session.subscriptions, self.limits), now)
 
     def _on_unsubscribe(self, packet: Unsubscribe) -> None:
-        for text in packet.filters:
-            self._filter(text)
-        known = self._session.subscriptions
-        ending = tuple(known[text] for text in dict.fromkeys(packet.filters) if text in known)
-        self._judging = _Unsubscribing(packet.packet_id, packet.filters)
-        self._events.append(UnsubscribeRequested(packet.packet_id, ending))
+        self._events.append(self._requests.unsubscribe(packet, self._session.subscriptions, self.limits))
 
-    def _filter(self, text: str) -> Filter | None:
-        """The parsed filter; None when it is one, and above a limit of ours."""
-        try:
-            return parse_filter(text, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
-        except TopicTooLong:
-            self.topics_too_long += 1
-            return None
-        except InvalidTopic as error:
-            raise RemoteProtocolError(ReasonCode.TOPIC_FILTER_INVALID, str(error)) from None
-
-    def _grant(
-        self,
-        session: Session,
-        request: SubscriptionRequest,
-        topic_filter: Filter,
-        reason: ReasonCode,
-        identifier: int | None,
-    ) -> Granted:
-        if reason > request.qos:
-            raise LocalProtocolError(f"QoS {reason:d} granted; {request.qos:d} was asked for")
-        subscription = Subscription(
-            topic_filter,
-            QoS(reason),
-            request.no_local,
-            request.retain_as_published,
-            request.retain_handling,
-            identifier,
-        )
-        replaced = session.subscriptions.get(request.filter)
-        session.subscriptions[request.filter] = subscription  # [MQTT-3.8.4-3]
-        wanted = request.retain_handling is RetainHandling.SEND or (
-            request.retain_handling is RetainHandling.SEND_IF_NEW and replaced is None
-        )
-        return Granted(subscription, replaced, wanted and topic_filter.group is None)  # 5.0 §4.8.2: not for shared
+    def _asked(self, next_step: SubscribeRequested | Suback, now: float) -> None:
+        if isinstance(next_step, Suback):
+            self._send(next_step, now)
+        else:
+            self._events.append(next_step)
 
     def _on_disconnect(self, packet: Disconnect, now: float) -> None:
         expiry = None
@@ -817,7 +630,7 @@ class Connection:
             assert self._connect is not None
             if interval and not self._connect.properties.session_expiry_interval:
                 raise violation("a session expiry where CONNECT had none")  # 5.0 §3.14.2.2.2
-            expiry = self._expiry(interval)
+            expiry = shortened_expiry(interval, self.limits)
         self._leaving = packet.reason, expiry
         self._framer.clear()  # [MQTT-3.14.4-1]: there is nothing behind it
         self._leave(now)
@@ -837,52 +650,19 @@ class Connection:
 
     def granted_expiry(self, connect: Connect) -> float:
         """How long the session of this CONNECT outlives its connection, in seconds; `NEVER` for no end."""
-        if connect.version is Version.V311:
-            return 0.0 if connect.clean_start else self.limits.session_expiry
-        return self._expiry(connect.properties.session_expiry_interval or 0)
-
-    def _expiry(self, interval: int) -> float:
-        return min(NEVER if interval == _FOREVER else float(interval), self.limits.session_expiry)
-
-    def _connack_properties(
-        self, connect: Connect, expiry: float, client_id: str | None, response_information: str | None
-    ) -> Properties:
-        asked = connect.properties.session_expiry_interval or 0
-        given = _FOREVER if expiry == NEVER else int(expiry)
-        most = self.limits.keep_alive
-        shorter = bool(most) and (connect.keep_alive == 0 or connect.keep_alive > most)
-        self._keep_alive = float(most if shorter else connect.keep_alive)
-        wanted = bool(connect.properties.request_response_information)  # [MQTT-3.1.2-28]
-        receive_maximum = self.limits.receive_maximum
-        return Properties(
-            session_expiry_interval=given if given != asked else None,
-            receive_maximum=receive_maximum if receive_maximum != 0xFFFF else None,
-            maximum_packet_size=self.limits.packet_bytes,
-            topic_alias_maximum=self.limits.topic_aliases_in or None,
-            assigned_client_identifier=client_id,
-            server_keep_alive=most if shorter else None,
-            response_information=response_information if wanted else None,
-        )
+        return granted_expiry(connect, self.limits)
 
     # Acknowledgements -----------------------------------------------------------------------------------------------
 
-    def _flush_acks(self, queue: list[_Pending], kind: PacketType, now: float) -> None:
-        qos = QoS.AT_LEAST_ONCE if kind is PacketType.PUBACK else QoS.EXACTLY_ONCE
-        while queue and queue[0].reason is not None and self.state is State.OPEN:
-            pending = queue.pop(0)
-            reason = pending.reason
-            assert reason is not None
-            del self._pending[qos, pending.packet_id]
-            if reason.failed:
-                if qos is QoS.EXACTLY_ONCE:
-                    self._holding.discard(pending.packet_id)
-                if self.version is Version.V311:  # it has no words for a refusal [MQTT-3.3.5-2]
-                    self._end(now, Cause.VIOLATION, reason, pending.text or "a message that is refused")
-                    return
-            if reason is ReasonCode.SUCCESS and self._max_packet >= _BARE_ACK_BYTES:
-                self._write(_BARE_ACKS[kind] + pending.packet_id.to_bytes(2, "big"))
-            else:
-                self._send(Ack(kind, pending.packet_id, reason, _reason_string(pending.text)), now)
+    def _flush_acks(self, qos: QoS, now: float) -> None:
+        kind = PacketType.PUBACK if qos is QoS.AT_LEAST_ONCE else PacketType.PUBREC
+        while self.state is State.OPEN and (due := self._acknowledgements.due(qos)) is not None:
+            packet_id, reason, text = due
+            if reason.failed and self.version is Version.V311:  # it has no words for a refusal [MQTT-3.3.5-2]
+                self._end(now, Cause.VIOLATION, reason, text or "a message that is refused")
+                return
+            if reason is not ReasonCode.SUCCESS or not self._outgoing.acknowledge(kind, packet_id):
+                self._send(Ack(kind, packet_id, reason, reason_string(text)), now)
 
     def _acknowledge(self, kind: PacketType, packet_id: int, reason: ReasonCode) -> None:
         if self.state is State.OPEN:
@@ -891,31 +671,10 @@ class Connection:
     # Sending --------------------------------------------------------------------------------------------------------
 
     def _send(self, packet: Packet, now: float) -> None:
-        """Send anything but PUBLISH, without its texts where they do not fit or are not wanted."""
-        version = self.version or Version.V311
-        properties = getattr(packet, "properties", NO_PROPERTIES)
-        data = encode(packet, version)
-        kind = packet_type(data[0])
-        told = properties.reason_string is not None or properties.user_properties
-        if told and ((not self._explain and kind not in _MAY_EXPLAIN) or len(data) > self._max_packet):
-            # [MQTT-3.1.2-29], and for the size [MQTT-3.2.2-19], [MQTT-3.4.2-2] and alike
-            bare = replace(properties, reason_string=None, user_properties=())
-            data = encode(_with_properties(packet, NO_PROPERTIES if bare == NO_PROPERTIES else bare), version)
-        if len(data) > self._max_packet:  # [MQTT-3.1.2-24]: then there is nothing that we may say
-            self._finish(
-                now, Cause.VIOLATION, ReasonCode.PACKET_TOO_LARGE, "a maximum packet size that no answer fits",
-                publish_will=True,
-            )  # fmt: skip
+        if self._outgoing.send(packet, self.version or Version.V311):
             return
-        self._write(data)
-
-    def _write(self, data: bytes) -> None:
-        self._out.append(data)
-        self._out_bytes += len(data)
-
-    def _discard_output(self) -> None:
-        self._out.clear()
-        self._out_bytes = 0
+        text = "a maximum packet size that no answer fits"  # [MQTT-3.1.2-24]: then there is nothing that we may say
+        self._finish(now, Cause.VIOLATION, ReasonCode.PACKET_TOO_LARGE, text, publish_will=True)
 
     # The end --------------------------------------------------------------------------------------------------------
 
@@ -943,7 +702,7 @@ class Connection:
             return
         if self.version is Version.V5:
             spoken = reason if reason in REASONS_OF[PacketType.CONNACK] else ReasonCode.UNSPECIFIED_ERROR
-            self._send(Connack(False, spoken, _reason_string(text)), now)
+            self._send(Connack(False, spoken, reason_string(text)), now)
         elif reason in CONNACK_RETURN_CODES:
             self._send(Connack(False, reason), now)
 
@@ -951,7 +710,7 @@ class Connection:
         """DISCONNECT with the reason in 5.0; 3.1.1 has none from a server."""
         if self.version is Version.V5 and self._leaving is None:
             spoken = reason if reason in REASONS_OF[PacketType.DISCONNECT] else ReasonCode.UNSPECIFIED_ERROR
-            self._send(Disconnect(spoken, _reason_string(text)), now)
+            self._send(Disconnect(spoken, reason_string(text)), now)
 
     def _end(self, now: float, cause: Cause, reason: ReasonCode, text: str) -> None:
         if self.state is State.OPEN:
@@ -977,10 +736,8 @@ class Connection:
         attached = self.state is State.OPEN
         self.state = State.CLOSED
         self._framer.clear()
-        self._judging = None
-        self._pending.clear()
-        self._pubacks.clear()
-        self._pubrecs.clear()
+        self._requests.clear()
+        self._acknowledgements.clear()
         if attached and self.session is not None and self.session.attached:
             self.session.detach(now, publish_will=publish_will, expiry=expiry)
         self._events.append(Ended(cause, reason, text))
@@ -1006,15 +763,3 @@ class Connection:
             at = self._stalled_since + limits.write_stall
             due.append((at, ReasonCode.UNSPECIFIED_ERROR, "a peer that does not read"))
         return due
-
-
-def _reason_string(text: str) -> Properties:
-    return Properties(reason_string=text) if text else NO_PROPERTIES
-
-
-def _with_properties(packet: Packet, properties: Properties) -> Packet:
-    match packet:
-        case Connack() | Ack() | Disconnect() | Suback() | Unsuback():
-            return replace(packet, properties=properties)
-        case _:
-            raise LocalProtocolError("texts in a packet that we do not explain")

@@ -261,9 +261,9 @@ class Peer(asyncio.Protocol):
                 self.transport.write(data)
             elif not machine.has_events:
                 break
-        server.counters.subscriptions_full += machine.subscriptions_full
-        server.counters.topics_too_long += machine.topics_too_long
-        machine.subscriptions_full = machine.topics_too_long = 0
+        full, too_long = machine.take_refusals()
+        server.counters.subscriptions_full += full
+        server.counters.topics_too_long += too_long
         transport = self.transport
         if transport is None and not (machine.state is State.OPEN and machine.waiting):
             self._lose(now)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, assert_never
 
 from adapters.mqtt.authorization import Brokered, Downlink, may_subscribe, subscribe_target
-from adapters.mqtt.connection import Granted
 from adapters.mqtt.refusals import note_refusal
 from adapters.mqtt.session_values import Subscription
+from adapters.mqtt.subscription_requests import Granted
 from adapters.mqtt.topics import Filter, parse_filter
 from adapters.mqtt.wire_packets import QoS, SubscriptionRequest
 from adapters.mqtt.wire_reasons import ReasonCode

@@ -1079,7 +1079,7 @@ def test_subscriptions_are_judged_outside_and_answered_in_order() -> None:
     (again,) = peer.connection.subscribed(9, (R.SUCCESS,), 0)
     assert again.replaced == first
     assert peer.events() == []
-    assert peer.connection.subscriptions_full == 2
+    assert peer.connection.take_refusals() == (2, 1)
     assert peer.gets() == [
         Suback(
             9,

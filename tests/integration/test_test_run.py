@@ -63,25 +63,43 @@ def gone(pid: int) -> bool:
 
 
 LEAVES_A_PROCESS = """
-import subprocess, sys
+import os, subprocess, sys
+
+def started():
+    command = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(300)"]
+    subprocess.Popen(command, stdout=subprocess.PIPE).stdout.readline()
+
 def test_that_does_not_tidy_up():
-    subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(300)"],
-                     stdout=subprocess.PIPE).stdout.readline()
+    started()
+"""
+ENDS_ITS_WORKER = """
+def test_that_ends_its_worker():
+    started()
+    os._exit(1)  # as pytest-timeout does it
 """
 
 
+@pytest.mark.parametrize(
+    ("tests", "how", "number"), [(LEAVES_A_PROCESS, (), 1), (LEAVES_A_PROCESS + ENDS_ITS_WORKER, ("-n", "1"), 2)]
+)
 def test_what_a_test_leaves_running_is_killed_and_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tests: str,
+    how: tuple[str, ...],
+    number: int,
 ) -> None:
     monkeypatch.setattr("tests.__main__.GRACE", 0.1)
-    (tmp_path / "test_one.py").write_text(LEAVES_A_PROCESS)
+    (tmp_path / "test_one.py").write_text(tests)
     run = Run()
-    run.part(Part("one", (str(tmp_path), "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path))))
+    run.part(Part("one", (str(tmp_path), "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), *how)))
     assert run.status == 1
     said = capsys.readouterr().out
     assert "left running" in said
-    left = int(said.split("left running")[1].split("\n")[1].split(":")[0])
-    assert gone(left)
+    left = [int(line.split(":")[0]) for line in said.split("left running")[1].splitlines()[1:]]
+    assert len(left) == number
+    assert all(gone(pid) for pid in left)
 
 
 INTERRUPTED = """

@@ -435,6 +435,38 @@ def test_a_client_that_asks_again_gets_the_flight_again_but_not_for_a_copy_of_th
     assert server.engine.datagrams() == []
 
 
+@pytest.mark.parametrize("key", [KEY, bytes(32)], ids=["the key", "another key"])
+def test_no_record_number_is_used_for_two_things_whatever_happens_when(key: bytes) -> None:
+    """What repeats a number is the very same record: nothing is ever sealed twice under one nonce (RFC 6655 §3)."""
+    sealed = repeated = 0
+    for seed in range(200):
+        dice, flight = random.Random(seed), Flight()
+        server, said = flight.server, list(flight.server.flight)
+        for _ in range(30):
+            match dice.randrange(8):
+                case 0:
+                    server.now += dice.choice([0.6, 1.1, 5])
+                    server.engine.retransmit()
+                case 1:
+                    server.now += dice.choice([0, 0.6])
+                    server.engine.repeat()
+                case 2 if server.engine.room:
+                    server.engine.send(dice.randbytes(dice.randrange(1, 40)))
+                case 3 if dice.random() < 0.1:
+                    server.engine.close()
+                case _:
+                    said += server.feed(dice.choice([flight.exchange, flight.change, flight.finished]), key=key)
+            said += server.engine.datagrams()
+        used: dict[bytes, bytes] = {}
+        for record in itertools.chain.from_iterable(map(pieces, said)):
+            number = record[3:11]
+            assert used.setdefault(number, record) == record
+            sealed += record[4]
+        repeated += len(said) > len(set(said))
+    assert (sealed > 100) == (key == KEY)
+    assert (repeated > 10) == (key == KEY)
+
+
 def test_what_is_left_over_is_no_data() -> None:
     """Behind the Finished of the same datagram nothing is read: it could not be told from what came early."""
     flight = Flight()

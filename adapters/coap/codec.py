@@ -13,6 +13,7 @@ Options stay bytes. Their number, and so the work for one datagram, is capped.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Final
 
 from aiocoap.numbers.codes import Code
@@ -25,6 +26,7 @@ MAX_OPTIONS: Final = 128
 
 MAX_TOKEN: Final = 8  # RFC 7252 §3
 _VERSION: Final = 1
+_HEADER: Final = Struct(">BBH")
 _MARKER: Final = 0xFF
 _TYPES: Final = tuple(Type(number) for number in range(4))
 _CODES: Final = tuple(Code(number) for number in range(256))
@@ -105,15 +107,11 @@ def encode(message: Message) -> bytes:
         raise LocalProtocolError(f"a token of {len(message.token)} bytes, message id {message.message_id}")
     if message.code == 0 and (message.token or message.options or message.payload):
         raise LocalProtocolError("an Empty message with content")
-    out = bytearray(
-        (
-            _VERSION << 6 | message.type << 4 | len(message.token),
-            message.code,
-            message.message_id >> 8,
-            message.message_id & 0xFF,
-        )
-    )
-    out += message.token
+    first = _VERSION << 6 | message.type << 4 | len(message.token)
+    head = _HEADER.pack(first, message.code, message.message_id) + message.token
+    if not message.options and not message.payload:
+        return head  # nearly all answers to what a device sends
+    out = bytearray(head)
     last = 0
     for number, value in message.options:
         delta = number - last

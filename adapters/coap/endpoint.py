@@ -72,6 +72,9 @@ class PeerState(Enum):
     CLOSED = auto()
 
 
+_SERVING: Final = PeerState.SERVING
+
+
 class EndpointPeer:
     """One peer of an endpoint; the handler knows it as `ports.Peer`."""
 
@@ -265,7 +268,7 @@ class CoapEndpoint:
         machine = peer._machine
         while (event := machine.next_event()) is not None:
             match event:
-                case RequestReceived() if peer.state is PeerState.SERVING:
+                case RequestReceived() if peer.state is _SERVING:
                     self._serve(peer, event, now)
                 case RequestReceived():
                     self._on_request(peer, event, now)

@@ -8,7 +8,7 @@ Values and a record; the machine alone changes it.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 from aiocoap.numbers.codes import Code
@@ -19,6 +19,8 @@ from adapters.coap.messages import Message
 from adapters.coap.observations import EndCause, Observation
 from adapters.coap.options import Block, RequestOptions
 from adapters.coap.ports import Request
+
+_CON: Final = Type.CON
 
 
 class RequestReceived(msgspec.Struct, frozen=True, gc=False):
@@ -68,7 +70,7 @@ class Exchange(msgspec.Struct, eq=False):
         return cls(
             number,
             message.code,
-            message.type is Type.CON,
+            message.type is _CON,
             message.message_id,
             message.token,
             options,

@@ -77,6 +77,7 @@ from adapters.coap.options import (
 from adapters.coap.ports import Request, Response
 from adapters.coap.transmissions import Transmission
 
+_CON, _ACK, _RST = Type.CON, Type.ACK, Type.RST  # a name in an Enum takes several times as long to look up
 _REMEMBERED_NOTIFICATIONS: Final = 32  # message ids of them, so that a late Reset still finds its observation
 _REMEMBERED_HEAD: Final = 64  # bytes of the options of the last request: a path, a format, perhaps a query
 _OBSERVE_MODULUS: Final = 1 << 24  # RFC 7641 §3.4
@@ -161,13 +162,14 @@ class PeerMachine:
             if error.header is not None and error.header.type is Type.CON:
                 self._reset(error.header.message_id)
             return
-        if message.type is Type.ACK or message.type is Type.RST:
+        kind = message.type
+        if kind is _ACK or kind is _RST:
             self._on_reply(message, now)
             return
         entry = self._memory.duplicates.find(self._table, message.message_id, now)
         if entry is not None:
             counters.duplicates += 1
-            if entry.reply is not None and message.type is Type.CON:
+            if entry.reply is not None and kind is _CON:
                 entry.repetitions += 1
                 if not self._does_not_arrive(entry.reply, entry.repetitions) or not self._cut_anew(
                     datagram, message, entry, now
@@ -175,11 +177,11 @@ class PeerMachine:
                     self._send(entry.reply)
             return
         if message.code.is_request():
-            entry = self._memory.duplicates.take(self._table, message.message_id, message.type is Type.CON, now)
+            entry = self._memory.duplicates.take(self._table, message.message_id, kind is _CON, now)
             self._on_request(datagram, message, entry, now)
             return
         # a ping (§4.3), a response that nobody waits for, or a reserved class
-        if message.code != Code.EMPTY or message.type is Type.CON:
+        if message.code != Code.EMPTY or kind is _CON:
             self._reset(message.message_id)
 
     def tick(self, now: float) -> None:
@@ -247,7 +249,7 @@ class PeerMachine:
             options.append((OBSERVE, self._next_sequence()))
         if exchange.block1 is not None:
             options.append((BLOCK1, exchange.block1.encode()))
-        if response.code == Code.CONTENT and response.etag is None and exchange.options.etags:
+        if exchange.options.etags and response.etag is None and response.code == Code.CONTENT:
             tag = entity_tag(response.payload)
             if tag in exchange.options.etags:  # one that we gave, since the resource has none of its own
                 response = Response(Code.VALID, max_age=response.max_age, etag=tag)
@@ -315,7 +317,7 @@ class PeerMachine:
 
     def _on_request(self, datagram: bytes, message: Message, entry: Entry, now: float) -> None:
         memory = self._memory
-        confirmable = message.type is Type.CON
+        confirmable = message.type is _CON
         self._number += 1
         ack_due = now + self._limits.ack_delay
         try:
@@ -465,7 +467,7 @@ class PeerMachine:
                 self._remember(message_id, observation)
             return
         if not exchange.acknowledged:
-            reply = encode(Message(Type.ACK, code, exchange.message_id, exchange.token, tuple(options), payload))
+            reply = encode(Message(_ACK, code, exchange.message_id, exchange.token, tuple(options), payload))
             self._memory.duplicates.record(exchange.entry, reply)
             self._send(reply)
             return

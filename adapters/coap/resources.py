@@ -63,6 +63,8 @@ from registry.telemetry import shown
 from registry.uplinks import StoredUplink
 
 _CHANGED: Final = Response(Code.CHANGED)
+_POST: Final = Code.POST
+_COAP: Final = Transport.COAP
 _KINDS: Final = {"telemetry": TELEMETRY, "events": "event", "health": "health", "components": "components"}
 """What is sent to a path of its own, and the kind that it is stored as; as over MQTT."""
 _UPLINKS: Final = frozenset((*_KINDS, "uplink"))
@@ -180,7 +182,7 @@ class Resources:
         role = guest.role
         if not isinstance(role, Device) or role.session.closed:
             return None
-        if request.method is not Code.POST or len(request.path) != 1 or request.path[0] not in _UPLINKS:
+        if request.method is not _POST or len(request.path) != 1 or request.path[0] not in _UPLINKS:
             return None
         now = self._loop.time()
         role.session.last_active = now
@@ -246,7 +248,7 @@ class Resources:
 
     def _submit(self, request: Request, session: Session) -> asyncio.Future[StoredUplink]:
         try:
-            uplink = self._read_uplink(request, Source.of(session.identity, Transport.COAP))
+            uplink = self._read_uplink(request, Source.of(session.identity, _COAP))
         except InvalidArgument as error:
             self._reject(error)
             raise

@@ -23,6 +23,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -36,6 +37,7 @@ from registry.storage import messaging, messaging_sessions, partitions
 from registry.storage.database import Connection
 
 Row = tuple[UplinkId, NewUplink]
+_Value = TypeVar("_Value")
 
 BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 END = datetime(9999, 1, 1, tzinfo=UTC)
@@ -204,17 +206,17 @@ def _uplink_columns(rows: Sequence[Row]) -> tuple[Sequence[object], ...]:
         [u.payload for u in uplinks],
         _unless_empty([u.message_id for u in uplinks]),
         _unless_empty([u.observed_at for u in uplinks]),
-        _once([u.transport.value for u in uplinks]),
+        [transport.value for transport in _once([u.transport for u in uplinks])],
         _unless_empty([u.via for u in uplinks]),
     )
 
 
-def _unless_empty(column: Sequence[object]) -> Sequence[object]:
+def _unless_empty(column: Sequence[_Value]) -> Sequence[_Value]:
     """The column, or none of it where it is all NULL: asyncpg looks at every element of an array several times."""
     return [] if column.count(None) == len(column) else column
 
 
-def _once(column: Sequence[object]) -> Sequence[object]:
+def _once(column: Sequence[_Value]) -> Sequence[_Value]:
     """The column, or one element of it where all are the same; not for columns that `_unless_empty` may shorten."""
     # The last one first: where they differ, it mostly does, too.
     same = bool(column) and column[0] == column[-1] and column.count(column[0]) == len(column)

@@ -236,8 +236,9 @@ def test_numbers_go_on_where_the_client_is() -> None:
     assert (first[17:19], second[17:19]) == (b"\0\2", b"\0\3")
 
 
-def test_a_client_at_the_end_of_its_numbers_is_not_served() -> None:
-    last = hello(sequence=(1 << 48) - 1)
+@pytest.mark.parametrize("suites", [b"\x00\xa8", b"\xcc\xac"], ids=["ours", "OpenSSL's"])
+def test_a_client_at_the_end_of_its_numbers_is_not_served(suites: bytes) -> None:
+    last = hello(sequence=(1 << 48) - 1, suites=suites)
     assert DtlsEngine(CONTEXT, last, DtlsLimits()).start(last) == [Ended(End.HANDSHAKE_FAILED)]
 
 
@@ -297,6 +298,42 @@ def test_garbage_under_the_next_epoch_does_not_spoil_a_handshake() -> None:
     garbage = [b"\x16\xfe\xfd\0\1" + os.urandom(6) + b"\0\x28" + os.urandom(40) for _ in range(200)]
     flight.server.feed(*garbage, flight.exchange, flight.change, flight.finished)
     assert flight.proven
+
+
+def test_of_what_comes_too_early_a_little_is_kept() -> None:
+    """Whoever knows the address may send it, until the handshake is over."""
+    flight = Flight()
+    for size in (40, 115, 116, 1000):
+        flight.server.feed(*[sealed(os.urandom(size))] * 40)
+    shaking = flight.server.engine._handshake
+    assert isinstance(shaking, PskHandshake)
+    assert len(shaking._early) == 4
+    again = Flight()
+    again.server.feed(sealed(bytes(116)), sealed(bytes(1000)))
+    shaking = again.server.engine._handshake
+    assert isinstance(shaking, PskHandshake)
+    assert shaking._early == []
+
+
+@pytest.mark.parametrize("content", [20, 21, 23, 24])
+def test_only_the_handshake_speaks_under_the_keys_before_it_is_over(content: int) -> None:
+    flight = Flight()
+    other = bytes((content,)) + flight.finished[1:]
+    assert flight.server.feed(flight.exchange, flight.change, other) == []
+    assert flight.server.events == [IdentityNeeded(b"device-1")]
+    flight.server.feed(flight.finished)
+    assert flight.proven
+
+
+def test_our_last_flight_is_forgotten_when_it_has_arrived() -> None:
+    """Data say so; the client's Finished would be answered once more before."""
+    flight = Flight()
+    flight.server.feed(flight.exchange, flight.change, flight.finished)
+    flight.server.feed(flight.client.seal(b"data"))
+    assert flight.server.feed(flight.finished) == []
+    other = Flight()
+    [last] = other.server.feed(other.exchange, other.change, other.finished)
+    assert other.server.feed(other.finished) == [last]
 
 
 def test_what_the_application_says_of_the_key_ends_or_goes_on() -> None:

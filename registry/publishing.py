@@ -38,6 +38,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 from registry.batching import Batcher
@@ -83,10 +84,12 @@ in one step of the loop, however many subscribe to one topic."""
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """`routing` None: the router is asked. With one given, nothing is retained."""
+    """`routing` None: the router is asked. With one given, nothing is retained. `answer`: what the publisher waits for;
+    it is done with its transaction. Where there are crowds, a batch may have hundreds of these."""
 
     publication: Publication
-    routing: Routing | None = None
+    routing: Routing | None
+    answer: asyncio.Future[Published]
 
 
 Outcome = Published | BaseException
@@ -187,12 +190,17 @@ class Publishing:
 
     def publish(self, publication: Publication, routing: Routing | None = None) -> asyncio.Future[Published]:
         """See `Messaging.publish` and `Messaging.enqueue`. Raises Unavailable at once if the queue is full."""
-        return self._batcher.submit(_Item(publication, routing))
+        item = _Item(publication, routing, asyncio.get_running_loop().create_future())
+        self._batcher.submit(item).add_done_callback(partial(_answer_late, item.answer))
+        return item.answer
 
     async def _process(self, items: Sequence[_Item]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         while len(outcomes) < len(items):
-            outcomes += await self._process_first(items[len(outcomes) :])
+            done = await self._process_first(items[len(outcomes) :])
+            for item, outcome in zip(items[len(outcomes) :], done, strict=False):
+                _answer(item.answer, outcome)
+            outcomes += done
         return outcomes
 
     async def _process_first(self, items: Sequence[_Item]) -> list[Outcome]:
@@ -497,3 +505,19 @@ class Publishing:
         batch.writes.retained[publication.tenant_id, message.topic] = (
             (publication.device_id, message) if message.payload else None
         )
+
+
+def _answer(waiting: asyncio.Future[Published], outcome: Outcome) -> None:
+    if waiting.done():
+        return
+    if isinstance(outcome, BaseException):
+        waiting.set_exception(outcome)
+        waiting.exception()  # a caller that went away does not make this an unseen error
+    else:
+        waiting.set_result(outcome)
+
+
+def _answer_late(waiting: asyncio.Future[Published], done: asyncio.Future[Published]) -> None:
+    """However the batch ended: what was not answered with its transaction."""
+    error = Unavailable("publications were stopped") if done.cancelled() else done.exception()
+    _answer(waiting, error or done.result())

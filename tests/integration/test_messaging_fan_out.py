@@ -29,6 +29,7 @@ from registry.storage import messaging as storage
 from registry.storage.database import Connection
 from registry.storage.messaging import Writes
 from tests.messaging_brokers import Broker, Seconds, Served, broker_on
+from tests.nodes import until
 
 
 class Unhandled(Exception):
@@ -186,6 +187,36 @@ async def test_the_receivers_of_one_transaction_are_bounded(
     assert [session.payloads for session in sessions] == [payloads] * 4
     assert sum(rows) == 4 * 32
     assert max(rows) == 12  # the publication that reaches the bound is in, whole
+
+
+async def test_who_is_stored_with_the_first_transaction_is_not_kept_waiting_for_the_others(
+    broker: Broker, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch may have hundreds, where each message has a crowd of receivers."""
+    key = SessionKey(tenant_id, device_id, "client")
+    served = await served_by(broker, key)
+    write, written, go_on = storage.write, 0, asyncio.Event()
+
+    async def slow(connection: Connection, writes: Writes, *rest: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 3:
+            await go_on.wait()
+        await write(connection, writes, *rest)
+
+    monkeypatch.setattr(storage, "write", slow)
+    monkeypatch.setattr(publishing, "MAX_RECEIVERS", 2)
+    futures = [
+        broker.messaging.publish(Publication(tenant_id, device_id, Message("t", b"%d" % n, 1))) for n in range(6)
+    ]
+    try:
+        await until(lambda: written == 3)
+        assert [future.done() for future in futures] == [True] * 4 + [False] * 2
+        assert served.payloads == [b"0", b"1", b"2", b"3"]
+    finally:
+        go_on.set()
+    assert all(isinstance(outcome, Published) for outcome in await asyncio.gather(*futures))
+    assert written == 3
 
 
 async def test_receivers_that_live_in_memory_count_as_well(

@@ -1,13 +1,14 @@
 """`python -m tests unit integration -- -k revoked`: runs the tests, tier by tier; `make` calls it.
 
-    unit           neither network nor database
-    integration    everything else, in two parts: WORKERS processes beside each other, to each one file of tests after
-                   the other, and a PostgreSQL of its own; then, one after the other, the tests marked `alone`, whose
-                   verdict needs the machine to themselves
+    unit           neither network nor database; a worker for each processor
+    integration    everything else, in two parts: one worker more than there are processors, because most of these
+                   tests wait for somebody else, each with a PostgreSQL of its own; then, one after the other in one
+                   process, the tests marked `alone`, whose verdict needs the machine to itself
+
+A worker is a process that pytest-xdist gives one file of tests after the other.
 
 What follows `--` is pytest's, and goes to every part. If it names places (tests/…), these are run in one process, so
-that -s and --pdb work as ever; `-n 0` runs everything in one process. Most tests of integration wait for somebody
-else, so one worker more than there are processors pays.
+that -s and --pdb work as ever; `-n 0` runs everything in one process.
 
 Invariants
 - The exit status is pytest's worst. "Nothing collected" is one only if no part has collected anything.
@@ -50,22 +51,24 @@ class Part:
     arguments: tuple[str, ...]
 
 
-def plan(tier: str, arguments: Sequence[str], workers: int) -> tuple[Part, ...]:
+def plan(tier: str, arguments: Sequence[str], processors: int) -> tuple[Part, ...]:
     """The parts of a tier. Raises ValueError if there is no such tier."""
     if tier == "unit":
-        return (Part("unit", ("tests/unit", *arguments)),)
+        beside = ("-n", str(min(MOST_WORKERS, processors)), "--dist", "loadfile")
+        return (Part("unit", ("tests/unit", *beside, *arguments)),)
     if tier != "integration":
         raise ValueError(f"{tier!r} is neither unit nor integration")
-    beside = ("-m", "not alone", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder")
+    workers = str(min(MOST_WORKERS, processors + 1))
+    beside = ("-m", "not alone", "-n", workers, "--dist", "loadfile", "--no-loadscope-reorder")
     return (
         Part("integration", (*INTEGRATION, *beside, *arguments)),
         Part("integration, alone", (*INTEGRATION, "-m", "alone", *arguments)),
     )
 
 
-def tiers_of(names: Sequence[str], arguments: Sequence[str], workers: int) -> list[tuple[Part, ...]]:
+def tiers_of(names: Sequence[str], arguments: Sequence[str], processors: int) -> list[tuple[Part, ...]]:
     """What is to be run, tier by tier. Raises ValueError for an unknown tier."""
-    tiers = [plan(name, arguments, workers) for name in names]
+    tiers = [plan(name, arguments, processors) for name in names]
     if any(argument.startswith("tests/") for argument in arguments):
         return [(Part("the tests named", tuple(arguments)),)]
     return tiers
@@ -160,7 +163,7 @@ def main(words: Sequence[str]) -> int:
     separator = words.index("--") if "--" in words else len(words)
     names, arguments = words[:separator], words[separator + 1 :]
     try:
-        tiers = tiers_of(names, arguments, min(MOST_WORKERS, 1 + (os.cpu_count() or 1)))
+        tiers = tiers_of(names, arguments, os.cpu_count() or 1)
     except ValueError as error:
         print(f"{error}; usage: python -m tests unit|integration … [-- ARGUMENTS OF PYTEST]", file=sys.stderr)
         return 2

@@ -6,10 +6,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from uuid import uuid4
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from registry.model import DeviceId, TenantId
 from registry.storage.database import Database
 from tests.postgres import CHOICE, PostgresServer, chosen_binaries
+
+# How long an example takes is no verdict: files of tests run beside each other, on machines that are busy.
+settings.register_profile("gatehouse", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gatehouse")
 
 MakeTenant = Callable[[], Awaitable[TenantId]]
 MakeDevice = Callable[..., Awaitable[DeviceId]]

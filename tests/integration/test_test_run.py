@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_integration_is_run_beside_each_other_and_then_alone() -> None:
-    (unit,), (beside, alone) = tiers_of(["unit", "integration"], ["-q"], 3)
-    assert unit.arguments == ("tests/unit", "-q")
+    (unit,), (beside, alone) = tiers_of(["unit", "integration"], ["-q"], 2)
+    assert unit.arguments == ("tests/unit", "-n", "2", "--dist", "loadfile", "-q")
     assert beside.arguments[3:9] == ("-m", "not alone", "-n", "3", "--dist", "loadfile")
     assert beside.arguments[-1] == "-q"
     assert alone.arguments[-3:] == ("-m", "alone", "-q")
@@ -29,13 +29,13 @@ def test_integration_is_run_beside_each_other_and_then_alone() -> None:
 
 def test_places_are_run_once_as_they_are_named_whatever_the_tiers() -> None:
     arguments = ["-s", "tests/integration/test_kills.py::test_a"]
-    ((part,),) = tiers_of(["unit", "integration"], arguments, 3)
+    ((part,),) = tiers_of(["unit", "integration"], arguments, 2)
     assert list(part.arguments) == arguments
 
 
 def test_other_tiers_there_are_none() -> None:
     with pytest.raises(ValueError, match="'units' is neither"):
-        tiers_of(["units"], [], 3)
+        tiers_of(["units"], [], 2)
 
 
 @pytest.mark.parametrize(

@@ -238,8 +238,14 @@ def test_numbers_go_on_where_the_client_is() -> None:
 
 @pytest.mark.parametrize("suites", [b"\x00\xa8", b"\xcc\xac"], ids=["ours", "OpenSSL's"])
 def test_a_client_at_the_end_of_its_numbers_is_not_served(suites: bytes) -> None:
-    last = hello(sequence=(1 << 48) - 1, suites=suites)
-    assert DtlsEngine(CONTEXT, last, DtlsLimits()).start(last) == [Ended(End.HANDSHAKE_FAILED)]
+    groups = b"\0\x0a\0\4\0\2\0\x17"  # OpenSSL has no curve for who names none
+    assert Ended(End.HANDSHAKE_FAILED) not in started(hello(groups, suites=suites))
+    last = hello(groups, sequence=(1 << 48) - 1, suites=suites)
+    assert started(last) == [Ended(End.HANDSHAKE_FAILED)]
+
+
+def started(first: ClientHello) -> list[Event]:
+    return DtlsEngine(CONTEXT, first, DtlsLimits()).start(first)
 
 
 def test_random_values_are_never_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
+import pytest
 from aiocoap.numbers.codes import Code
 
 from adapters.coap.server_limits import ServerLimits
@@ -23,6 +24,24 @@ async def test_those_turned_away_are_let_go_like_those_let_in(api: Api) -> None:
             await client.closed()
         await until(lambda: coap.server.admission.claimants == 0)
         assert (await device.get("/config")).code is Code.CONTENT, "a device stays"
+
+
+async def test_one_whose_end_fails_keeps_nobody_else(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """One timer is for all: it goes on behind a failure."""
+
+    def fails() -> None:
+        raise RuntimeError("a bug of ours")
+
+    async with serving_coap(api) as coap, AsyncExitStack() as crowd:
+        clients = [await crowd.enter_async_context(coap.client()) for _ in range(3)]
+        guests = list(coap.server._guests.values())
+        for guest in guests:
+            guest.until = 0.0  # long ago
+        monkeypatch.setattr(guests[0], "close_now", fails)
+        with pytest.raises(RuntimeError):
+            coap.server.admission._end_nobodies()
+        for client in clients[1:]:
+            await client.closed()
 
 
 async def test_who_has_a_claim_psk_has_room_beside_a_crowd_that_has_nothing(api: Api) -> None:  # noqa: F811

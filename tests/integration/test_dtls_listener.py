@@ -486,6 +486,26 @@ async def test_who_is_in_is_heard_before_strangers_and_their_crowd_is_bounded() 
                 each.close()
 
 
+async def test_the_loop_has_its_turn_between_two_pieces_of_what_the_living_send() -> None:
+    async with serving() as listener, udp_client(listener.port) as living:
+        await living.handshake()
+        turns = [0]
+        arrived = listener.arrived
+
+        def noted(datagram: bytes, address: Any) -> None:
+            turns[-1] += 1
+            arrived(datagram, address)
+
+        listener.arrived = noted
+        for number in range(40):
+            living.out(living.client.send(b"%d" % number))
+        while sum(turns) < 40:  # each turn of the loop is one piece
+            turns.append(0)
+            await asyncio.sleep(0)
+        assert max(turns) == 16
+        await living.until(lambda: len(living.client.plain) == 40)
+
+
 # What a refusal shows -------------------------------------------------------------------------------------------------
 
 

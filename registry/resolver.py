@@ -42,7 +42,7 @@ from certs.chains import BadCertificate, describe_certificate
 from certs.renewal import GRACE, ValidityState, validity_state
 from registry import secrets
 from registry.batching import Batcher
-from registry.errors import RegistryError, Unauthenticated, Unavailable
+from registry.errors import Unauthenticated, Unavailable
 from registry.events import EventKind
 from registry.model import (
     ApiKey,
@@ -70,9 +70,8 @@ _LOOKUP_BATCH = 256
 """Look-ups in one query; more only lengthens the wait of the first."""
 _FORGOTTEN_KEPT = 10_000
 """Devices whose last forgetting is remembered: many times what a reading of milliseconds can overlap with."""
-_FIRST_USES = 32
-"""Of these one runner records in a row. A fleet that is switched on for the first time thus takes a few connections of
-the pool, not all of them until others' wait for one is over."""
+_FIRST_USES_AT_ONCE = 2
+"""A fleet that is switched on for the first time takes two connections of the pool, not all of them."""
 _LOOKUP_QUEUE = 50_000
 """Waiting look-ups: a reconnect storm of a full node; beyond it new arrivals are told to come later."""
 
@@ -138,7 +137,7 @@ class Resolver:
         )
         self._recording: dict[CredentialId, asyncio.Future[None]] = {}
         self._first_uses: Batcher[tuple[CredentialState, Contact], None] = Batcher(
-            "first use", self._record_first_uses, max_items=_FIRST_USES, max_queued=_LOOKUP_QUEUE, runners=2
+            "first use", self._record_first_use, max_items=1, max_queued=_LOOKUP_QUEUE, runners=_FIRST_USES_AT_ONCE
         )
 
     async def admit(self, evidence: ApiKey | ClientCertificate, contact: Contact) -> Identity:
@@ -302,27 +301,16 @@ class Resolver:
             recorded.add_done_callback(lambda _: self._recording.pop(state.credential_id, None))
         await asyncio.shield(recorded)
 
-    async def _record_first_uses(
-        self, uses: Sequence[tuple[CredentialState, Contact]]
-    ) -> Sequence[RegistryError | None]:
-        """Each in a transaction of its own: it locks its device, and fails alone."""
-        outcomes: list[RegistryError | None] = []
-        for state, contact in uses:
-            try:
-                await self._record_first_use(state, contact)
-            except RegistryError as error:
-                outcomes.append(error)
-            else:
-                outcomes.append(None)
-        return outcomes
-
-    async def _record_first_use(self, state: CredentialState, contact: Contact) -> None:
+    async def _record_first_use(self, uses: Sequence[tuple[CredentialState, Contact]]) -> Sequence[None]:
+        """One at a time: it locks its device, is waited for by nobody else's, and fails alone."""
+        ((state, contact),) = uses
         async with self._database.transaction() as connection:
             await credentials.mark_first_use(
                 connection, state.tenant_id, state.device_id, state.credential_id, self._clock(), contact.correlation_id
             )
         self._hint()
         self._cache.forget(state.device_id)
+        return (None,)
 
     # -- verdicts --------------------------------------------------------------------------------------------------
 

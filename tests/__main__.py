@@ -127,8 +127,7 @@ class Run:
         names = [_command_line(process) for process in left]
         for process in left:
             process.kill()
-        while self._marked():
-            time.sleep(0.01)
+        psutil.wait_procs(left, timeout=GRACE)
         return names
 
     def _marked(self) -> list[psutil.Process]:

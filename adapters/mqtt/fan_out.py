@@ -46,8 +46,10 @@ class FanOut:
         while line:
             steps, done = line.popleft()
             try:
-                await pace.through(steps)
-                done()
+                try:
+                    await pace.through(steps)
+                finally:
+                    done()  # in any case: its publisher may only have so many on their way
             except Exception:  # one message that cannot be handled: those behind it are not to blame
                 log.exception("mqtt.not_delivered")
         del self._lines[tenant_id]

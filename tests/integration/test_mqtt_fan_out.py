@@ -60,6 +60,27 @@ async def test_a_line_is_handed_out_in_order_and_in_turns() -> None:
     assert log.lines.count("a") == 2 * TURN + 1
 
 
+async def test_who_sent_what_cannot_be_handed_out_is_told_all_the_same() -> None:
+    """Else it would be one of the few messages that its publisher may have on their way, for ever."""
+
+    def broken() -> Iterator[None]:
+        yield
+        raise ValueError("nobody has thought of this")
+
+    def unlucky() -> None:
+        log.lines.append("A")
+        raise ValueError("nor of this")
+
+    log = Log()
+    tasks: list[asyncio.Task[None]] = []
+    fan_out = FanOut(lambda work: tasks.append(asyncio.ensure_future(work)))
+    fan_out.put(ONE, broken(), unlucky)
+    fan_out.put(ONE, log.steps("b", 1), lambda: log.lines.append("B"))
+    await asyncio.gather(*tasks)
+    assert log.lines == ["A", "b", "B"]
+    assert not fan_out.busy(ONE)
+
+
 async def test_messages_of_qos_0_keep_their_order_at_once_and_in_line(api: Api) -> None:
     async with serving_mqtt(api) as mqtt, mqtt.client() as first, mqtt.client() as second, mqtt.client() as sender:
         one, two = await devices(mqtt, 2)

@@ -11,6 +11,9 @@ that is counted in `dropped` and still logged. A refusal of nobody known has no 
 A peer may say which device it is and prove nothing (MQTT's user name, with a key that is nobody's). Whether there is
 such a device is asked behind the answer, of all that wait in one query, so that no answer can tell. What names no
 device is dropped then; it has places of its own, `MAX_NAMED`, so that invented names take none from what is known.
+
+More is noted while a row is being written, of the same key too. So what is written is taken out first, in one turn of
+the loop, and put back if it could not be written: each refusal is in one row, and what was noted since is the next one.
 """
 
 from __future__ import annotations
@@ -55,7 +58,23 @@ class _Held:
     last_written: float = float("-inf")
     peer: str = ""
     correlation_ids: list[str] = field(default_factory=list)
+    """The last of those that are counted; there is at least one as long as `count` is not zero."""
     detail: Mapping[str, str] = field(default_factory=dict)
+
+    def note(self, contact: Contact, detail: Mapping[str, str]) -> None:
+        self.count += 1
+        self.peer = contact.peer
+        self.correlation_ids = [*self.correlation_ids, contact.correlation_id][-_CORRELATIONS_KEPT:]
+        self.detail = detail
+
+    def take(self) -> tuple[int, list[str]]:
+        taken = self.count, self.correlation_ids
+        self.count, self.correlation_ids = 0, []
+        return taken
+
+    def put_back(self, count: int, correlation_ids: list[str]) -> None:
+        self.count += count
+        self.correlation_ids = [*correlation_ids, *self.correlation_ids][-_CORRELATIONS_KEPT:]
 
 
 class Refusals:
@@ -101,10 +120,7 @@ class Refusals:
                 return
             held = self._held[key] = _Held()
             self._named += tenant_id is None
-        held.count += 1
-        held.peer = contact.peer
-        held.detail = detail
-        held.correlation_ids = [*held.correlation_ids[1 - _CORRELATIONS_KEPT :], contact.correlation_id]
+        held.note(contact, detail)
 
     async def run(self) -> None:
         """Write behind for ever."""
@@ -117,8 +133,10 @@ class Refusals:
 
     async def flush_all(self) -> None:
         """Write everything that is held, whether due or not: the process is about to end. Raises Unavailable."""
-        while any(held.count for held in self._held.values()):
-            await self.flush(everything=True)
+        while True:
+            await self.flush(everything=True)  # at least once: another one may be under way, and fail
+            if not any(held.count for held in self._held.values()):
+                return
 
     async def flush(self, *, device_id: DeviceId | None = None, everything: bool = False) -> None:
         """Write what is due; all of one device's at once if it is named. Raises Unavailable, and then loses nothing."""
@@ -128,7 +146,7 @@ class Refusals:
             for key in [k for k, h in self._held.items() if not h.count and now - h.last_written > HOLD_SECONDS]:
                 self._forget(key)
             due = [
-                (key, held, held.count)
+                (key, held)
                 for key, held in self._held.items()
                 if held.count
                 and (
@@ -136,28 +154,34 @@ class Refusals:
                     or now - held.last_written > HOLD_SECONDS
                     or (device_id is not None and key.device_id == device_id)
                 )
-            ][:MAX_ROWS]
-            if not due:
-                return
-            named = [key.device_id for key, _, _ in due if key.tenant_id is None and key.device_id is not None]
-            async with self._database.connection() as connection:
-                tenants = await admission.tenants_of(connection, named) if named else {}
-                writing: list[tuple[_Held, int, NewEvent]] = []
-                for key, held, count in due:
-                    tenant_id = _tenant(key, tenants)
-                    if tenant_id is None:
-                        self._forget(key)  # there is no such device
-                    else:
-                        writing.append((held, count, _event(key, held, tenant_id)))
-                if not writing:
-                    return
-                await events.insert_many(connection, [event for _, _, event in writing])
-            for held, written, event in writing:
-                held.count -= written
-                held.last_written = now
-                done = set(event.data["correlation_ids"])
-                held.correlation_ids = [each for each in held.correlation_ids if each not in done]
-        self._feed.hint()
+            ]
+            due.sort(key=lambda each: each[0].device_id != device_id)  # whose timeline is being read comes first
+            if due and await self._write(due[:MAX_ROWS], now):
+                self._feed.hint()
+
+    async def _write(self, due: list[tuple[_Key, _Held]], now: float) -> bool:
+        """Write a row for each, but for those that name no device; whether there was any. Raises Unavailable."""
+        named = [key.device_id for key, _ in due if key.tenant_id is None and key.device_id is not None]
+        async with self._database.connection() as connection:
+            tenants = await admission.tenants_of(connection, named) if named else {}
+            writing: list[tuple[_Held, NewEvent]] = []
+            for key, held in due:
+                tenant_id = _tenant(key, tenants)
+                if tenant_id is None:
+                    self._forget(key)  # there is no such device
+                else:
+                    writing.append((held, _event(key, held, tenant_id)))
+            if not writing:
+                return False
+            try:
+                await events.insert_many(connection, [event for _, event in writing])
+            except BaseException:
+                for held, event in writing:
+                    held.put_back(event.data["count"], event.data["correlation_ids"])
+                raise
+        for held, _ in writing:
+            held.last_written = now
+        return True
 
     def _forget(self, key: _Key) -> None:
         del self._held[key]
@@ -190,17 +214,19 @@ def _tenant(key: _Key, tenants: Mapping[DeviceId, TenantId]) -> TenantId | None:
 
 
 def _event(key: _Key, held: _Held, tenant_id: TenantId) -> NewEvent:
+    """Takes out of `held` what it tells of."""
+    count, correlation_ids = held.take()
     return NewEvent(
         key.kind,
         tenant_id,
-        Actor("system:admission", held.correlation_ids[-1]),
+        Actor("system:admission", correlation_ids[-1]),
         device_id=key.device_id,
         data={
             **held.detail,
             "reason": key.reason,
             "transport": key.transport.value,
             "peer": held.peer,
-            "count": held.count,
-            "correlation_ids": list(held.correlation_ids),
+            "count": count,
+            "correlation_ids": correlation_ids,
         },
     )

@@ -3,21 +3,27 @@
 Theory. A peer that names a device and proves nothing (an unknown key with a user name over MQTT) is noted without a
 tenant. The tenant is looked up when the note is written, behind the answer, of all that wait in one query; a name that
 is nobody's leaves nothing. What is held for names is bounded apart from what is held for devices that are known.
+
+A device goes on knocking while its row is being written: each refusal is counted in one row, whether the writing
+succeeds, fails or is cancelled.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 
 from registry import refusals as subject
-from registry.errors import Unauthenticated
-from registry.events import EventKind
+from registry.errors import Unauthenticated, Unavailable
+from registry.events import EventKind, NewEvent
 from registry.model import ApiKey, Contact, DeviceId, Transport
 from registry.refusals import Refusals
 from registry.secrets import digest
+from registry.storage.database import Connection
 from tests.http_api import BASE, Api, api
 
 __all__ = ["api"]
@@ -101,3 +107,47 @@ async def test_a_key_of_another_device_is_noted_for_its_owner_alone(api: Api) ->
     await refused(api, named["device_id"], owner["api_key"])
     assert [each["reason"] for each in await in_timeline(api, owner["device_id"])] == ["key of another device"]
     assert await in_timeline(api, named["device_id"]) == []
+
+
+@pytest.mark.parametrize("point", ["before the row is made", "after the row is made"])
+@pytest.mark.parametrize("outcome", [None, Unavailable("away"), asyncio.CancelledError()], ids=lambda o: repr(o)[:12])
+async def test_what_is_refused_while_a_row_is_written_is_counted_once(
+    api: Api, monkeypatch: pytest.MonkeyPatch, point: str, outcome: BaseException | None
+) -> None:
+    device = (await api.registered())["device_id"]
+    mine = Refusals(api.database, api.registry.feed)
+    tenants_of, insert_many = subject.admission.tenants_of, subject.events.insert_many
+    pending = [3]
+
+    def knock_again() -> None:
+        for _ in range(pending.pop() if pending else 0):
+            note(mine, DeviceId(UUID(device)))
+
+    async def looked_up(connection: Connection, named: Sequence[DeviceId]) -> dict[Any, Any]:
+        if point == "before the row is made":
+            knock_again()
+        return await tenants_of(connection, named)
+
+    async def inserted(connection: Connection, rows: list[NewEvent]) -> None:
+        nonlocal outcome
+        failing, outcome = outcome, None
+        knock_again()
+        if failing is not None:
+            raise failing
+        await insert_many(connection, rows)
+
+    monkeypatch.setattr(subject.admission, "tenants_of", looked_up)
+    monkeypatch.setattr(subject.events, "insert_many", inserted)
+    note(mine, DeviceId(UUID(device)))
+    expected = type(outcome) if outcome is not None else None
+    if expected is None:
+        await mine.flush()
+    else:
+        with pytest.raises(expected):
+            await mine.flush()
+    await mine.flush_all()
+    found = await in_timeline(api, device)
+    assert sum(each["count"] for each in found) == 4
+    assert all(each["correlation_ids"] == ["corr-1"] * each["count"] for each in found), found
+    assert mine._held
+    assert not any(held.count for held in mine._held.values())

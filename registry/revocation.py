@@ -94,7 +94,7 @@ class Teardown:
         closing = self._close_once(ended.event_seq, scope, ended.reason, age_seconds)
         self._feed.hint()
         closed = list(await asyncio.shield(closing))
-        remaining = len(self._sessions.matching(scope))
+        remaining = self._sessions.remaining(scope)
         silent: list[NodeId] = []
         try:
             others = await self._others()
@@ -195,7 +195,7 @@ class Teardown:
         closed = await asyncio.shield(self._close_once(event.position.seq, scope, reason, age_seconds))
         if known:
             return  # `complete` answers the operator itself, or an early delivery was reported already
-        remaining = len(self._sessions.matching(scope))
+        remaining = self._sessions.remaining(scope)
         try:
             async with self._database.connection() as connection:
                 await nodes.report(connection, event.position.seq, self._sessions.node_id, closed, remaining)

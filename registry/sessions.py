@@ -1,6 +1,6 @@
 """Live sessions of this node: the table that a revocation closes.
 
-                 open(identity)                       close_matching / kick / expiry / sweep
+                 open(identity)                              close / expire / sweep
     (nothing) ───────────────► pending ──recheck──► live ───────────────► closing ──► (nothing)
                                   │ refused, or closed meanwhile            ▲
                                   └─────────────────────────────────────────┘ ended() by the adapter: the peer left
@@ -209,15 +209,20 @@ class SessionTable:
             and (scope.credential_id is None or s.identity.credential_id == scope.credential_id)
         ]
 
-    async def close_matching(self, scope: Scope, reason: str, *, age_seconds: float = 0.0) -> list[ClosedSession]:
-        """Close what a scope concerns, each with its time since the revocation's commit.
+    def remaining(self, scope: Scope) -> int:
+        """How many of a scope's sessions are still here after all that matched were closed.
 
-        `age_seconds`: how long ago that commit was when this node learned of it.
+        Who entered the table after that and is pending is none of them: the second reading comes after the commit, and
+        refuses it.
         """
-        return await self.close(self.matching(scope), reason, age_seconds=age_seconds)
+        return sum(s.live or s.closed for s in self.matching(scope))
 
     async def close(self, sessions: list[Session], reason: str, *, age_seconds: float = 0.0) -> list[ClosedSession]:
-        """Close these sessions concurrently: politely under a deadline, then abruptly."""
+        """Close these sessions concurrently: politely under a deadline, then abruptly.
+
+        Answers each with its time since the revocation's commit. `age_seconds`: how long ago that commit was when this
+        node learned of it.
+        """
         learned = time.monotonic()  # uvloop's own time has whole milliseconds
         counted_as = _COUNTED_AS.get(reason, CloseReason.REVOKED)
         for session in sessions:  # from here on no adapter acts for them any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import asyncpg
 import pytest
@@ -184,6 +185,34 @@ async def test_who_enters_the_table_while_others_are_closed_is_closed_too_and_no
         assert not a.sessions.matching(Scope(tenant_id, device_id, credential_id, None))
         late[0].cancel()
         await asyncio.gather(*late, return_exceptions=True)
+
+
+async def test_who_enters_the_table_after_the_feed_has_closed_the_others_is_not_counted_as_remaining(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The feed may be sooner than `complete`, which then finds the closing done, and a newcomer in the table."""
+    credential_id, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING) as a:
+        identity = await a.resolver.admit(ApiKey(secrets.digest(key.reveal())), a.contact())
+        session, _ = await a.connect(key)
+        ended = await revoke(a.database, tenant_id, credential_id)
+        a.feed.hint()
+        await until(lambda: not a.sessions.matching(Scope(tenant_id, device_id, credential_id, None)))
+        reading, read = asyncio.Event(), a.resolver.recheck
+
+        async def slow(*arguments: Any) -> Any:
+            await reading.wait()
+            return await read(*arguments)
+
+        monkeypatch.setattr(a.resolver, "recheck", slow)
+        late = asyncio.create_task(a.sessions.open(identity, a.contact(), WatchedCloser()))
+        await asyncio.sleep(0)
+        receipt = await a.teardown.complete(ended)
+        assert (closed_sessions(receipt), receipt.remaining) == ({str(session.session_id)}, 0)
+        reading.set()
+        with pytest.raises(Unauthenticated):
+            await late
+        assert not a.sessions.matching(Scope(tenant_id, device_id, credential_id, None))
 
 
 async def test_a_device_that_was_let_in_again_is_not_closed_for_an_end_that_is_over(

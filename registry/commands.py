@@ -418,12 +418,14 @@ class Commands:
         wanted = [Wanted(a.tenant_id, a.device_id, a.cursor, window - len(a.unconfirmed), a.via) for a in open_ones]
         async with self._database.connection() as connection:
             found = await storage.unfinished(connection, wanted, self._clock())
-        for attachment, commands in zip(open_ones, found, strict=True):
+        for attachment, asked, commands in zip(open_ones, wanted, found, strict=True):
             for command in commands:
                 if attachment.live and command.seq > attachment.cursor:
                     attachment.cursor = command.seq
                     attachment.unconfirmed.add(command.command_id)
                     attachment.listener.deliver(command)
+            if len(commands) == asked.most and len(attachment.unconfirmed) < window:
+                self._downlinks.stir_one(attachment)  # confirmed meanwhile, with room left: nobody else will stir it
 
     def _confirm(self, attachment: CommandAttachment, command_id: CommandId) -> None:
         if command_id not in attachment.unconfirmed:

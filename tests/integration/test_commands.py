@@ -33,6 +33,7 @@ from registry.model import CommandId, DeviceId, SessionId, TenantId, Transport
 from registry.paging import Page
 from registry.payloads import Source, payload_from_json
 from registry.sealing import KeyRing
+from registry.storage import commands as storage
 from registry.storage.commands import UNFINISHED
 from registry.storage.database import Database
 from tests.conftest import MakeDevice
@@ -108,6 +109,12 @@ def of(tenant_id: TenantId, device_id: DeviceId, via: DeviceId | None = None) ->
 
 def session() -> SessionId:
     return SessionId(uuid4())
+
+
+async def behind(node: TestNode) -> bool:
+    """Whether the node's feed has yet to tell of an event."""
+    async with node.database.connection() as connection:
+        return node.feed.cursor.seq < await connection.fetchval("SELECT max(seq) FROM event")
 
 
 async def kinds(database: Database, command_id: CommandId) -> list[str]:
@@ -322,6 +329,46 @@ async def test_a_transport_that_confirms_nothing_gets_no_more_than_the_window(
         await commands.cancel(tenant_id, device_id, made[2].command_id, ACTOR)
         await until(lambda: len(listener.got) == 5)
         assert listener.methods == [f"m{n}" for n in range(5)]
+
+
+async def test_a_transport_that_confirms_at_once_gets_all_that_was_queued_while_nobody_was_there(
+    node: TestNode, clock: Clock, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    async with commands_on(node, clock, CommandLimits(window=3)) as commands:
+        for n in range(7):
+            await queued(commands, tenant_id, device_id, f"m{n}")
+        async with asyncio.timeout(5):
+            while node.feed.lag_seconds or await behind(node):  # no event is to come that would have it looked at again
+                await asyncio.sleep(0.01)
+        listener = Listener(commands).on(tenant_id, device_id)
+        await until(lambda: len(listener.got) >= 7, seconds=3)
+        assert listener.methods == [f"m{n}" for n in range(7)]
+
+
+async def test_what_is_confirmed_while_the_next_are_being_read_makes_room_too(
+    node: TestNode, clock: Clock, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device comes back to more commands than the window: confirming the first has the next one read, and the others
+    are confirmed meanwhile."""
+    async with commands_on(node, clock, CommandLimits(window=3)) as commands:
+        made = [await queued(commands, tenant_id, device_id, f"m{n}") for n in range(7)]
+        listener = Listener(commands, confirms=False).on(tenant_id, device_id)
+        await until(lambda: len(listener.got) == 3)
+        assert listener.attachment is not None
+        reading, read = asyncio.Event(), storage.unfinished
+
+        async def overtaken(*arguments: object) -> list[list[Command]]:
+            found = await read(*arguments)  # type: ignore[arg-type]
+            if not reading.is_set():
+                reading.set()
+                for each in made[1:3]:
+                    commands.delivered(listener.attachment, each.command_id)  # type: ignore[arg-type]
+            return found
+
+        monkeypatch.setattr(storage, "unfinished", overtaken)
+        commands.delivered(listener.attachment, made[0].command_id)
+        await until(lambda: len(listener.got) >= 6, seconds=3)
+        assert listener.methods == [f"m{n}" for n in range(6)]
 
 
 async def test_a_gateway_gets_a_childs_commands_while_it_is_its_child(

@@ -277,7 +277,7 @@ class SessionTable:
             state = states.get(session.identity.credential_id)
             if state is None or self._resolver.judge(state) is not None:
                 doomed.append(session)
-            elif state.expires_at != session.identity.expires_at:
+            elif _is_sooner(state.expires_at, session.identity.expires_at):
                 session.identity = replace(session.identity, expires_at=state.expires_at)
                 self._expect_expiry(session)
         return doomed
@@ -297,7 +297,7 @@ class SessionTable:
             confirmed = await self._resolver.recheck(identity, contact)
             # A sweep may have shortened the pending session's life after this reading: the earlier end holds.
             swept = session.identity.expires_at
-            if swept is not None and (confirmed.expires_at is None or swept < confirmed.expires_at):
+            if _is_sooner(swept, confirmed.expires_at):
                 confirmed = replace(confirmed, expires_at=swept)
             session.identity = confirmed
             if session.closed:
@@ -344,3 +344,8 @@ class SessionTable:
         finally:
             self.ended(session)
         return time.monotonic()
+
+
+def _is_sooner(end: datetime | None, known: datetime | None) -> bool:
+    """Whether a credential's end is news beside the known one: ends only come nearer, so the sooner was read later."""
+    return end is not None and (known is None or end < known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
@@ -11,11 +12,12 @@ import pytest
 from registry import secrets
 from registry.errors import Unauthenticated, Unavailable
 from registry.feed import CHANNEL, Feed, NodeBusy
-from registry.model import ApiKey, DeviceId, NodeId, TenantId
+from registry.model import ApiKey, CredentialId, DeviceId, NodeId, TenantId
 from registry.ports import Ended
 from registry.sealing import KeyRing
 from registry.sessions import Scope, Session
 from registry.storage import admission, events
+from registry.storage.admission import CredentialState
 from registry.storage.database import Database
 from tests.nodes import WatchedCloser, closed_sessions, issue_key, note_event, now, revoke, running_node, until
 
@@ -338,6 +340,34 @@ async def test_a_shortened_life_reaches_open_sessions(
         await until(lambda: closer.reasons)
         assert session.closed
         assert closer.reasons in (["credential expired"], ["credential no longer valid"])
+
+
+async def test_a_sweep_that_read_before_a_rotation_does_not_undo_what_the_rotations_own_sweep_found(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credential_id, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING, run=False) as a:
+        session, _ = await a.connect(key)
+        states, has_read, goes_on = a.resolver.states, asyncio.Event(), asyncio.Event()
+
+        async def slow(wanted: Sequence[CredentialId]) -> dict[CredentialId, CredentialState]:
+            found = await states(wanted)
+            has_read.set()
+            await goes_on.wait()
+            return found
+
+        with monkeypatch.context() as first:
+            first.setattr(a.resolver, "states", slow)
+            periodic = asyncio.create_task(a.sessions.sweep())
+            await has_read.wait()
+        async with database.connection() as connection:
+            await connection.execute(
+                "UPDATE credential SET expires_at = now() + interval '1 h' WHERE credential_id = $1", credential_id
+            )
+        await a.sessions.sweep(device_id)
+        goes_on.set()
+        await periodic
+        assert session.identity.expires_at is not None, "the session would outlive its credential until the next sweep"
 
 
 async def test_a_thousand_sessions_close_at_once(

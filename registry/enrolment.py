@@ -98,7 +98,6 @@ class Enrolment:
         now = self._clock()
         async with self._database.connection() as connection:
             old = await certificates.of_credential(connection, right.tenant_id, right.credential_id)
-            recent = await certificates.count_since(connection, right.tenant_id, right.device_id, now - _HOUR)
         if old is None:
             raise FailedPrecondition(
                 "only a certificate that this server has issued is renewed here; a foreign one by its own authority"
@@ -110,13 +109,9 @@ class Enrolment:
         async with self._database.connection() as connection:
             present = await self._living(connection, right, now, contact)
             repeated = await self._successor(connection, present, spki, now)
-        if repeated is not None:
-            return repeated
-        if recent >= MAX_PER_HOUR:
-            raise ResourceExhausted(
-                f"the device has had {recent} certificates within the hour; {MAX_PER_HOUR} are allowed",
-                retry_after=_HOUR.total_seconds(),
-            )
+            if repeated is not None:
+                return repeated
+            await _check_rate(connection, right, now)
         prepared = await self._issuer.prepare(right.tenant_id, right.device_id, csr, now=now, policy=policy)
         try:
             return await self._replace(right, prepared, now, contact)
@@ -153,6 +148,7 @@ class Enrolment:
             repeated = await self._successor(connection, present, spki, now)
             if repeated is not None:
                 return repeated  # the same request was sent twice, and the other one was first
+            await _check_rate(connection, right, now)  # again: of many at once, those before this one count now
             living = await credentials.living(connection, right.tenant_id, [right.device_id], now)
             plan = _plan(_line(living, present), present, now, self._overlap)
             issued = await self._issuer.issue(connection, device, prepared, now=now)
@@ -210,6 +206,16 @@ class Enrolment:
             detail={"credential_id": str(right.credential_id)},
         )
         return Unauthenticated(reason)
+
+
+async def _check_rate(connection: Connection, right: RenewalRight | Identity, now: datetime) -> None:
+    """Raises ResourceExhausted where the device has had its certificates of the hour."""
+    recent = await certificates.count_since(connection, right.tenant_id, right.device_id, now - _HOUR)
+    if recent >= MAX_PER_HOUR:
+        raise ResourceExhausted(
+            f"the device has had {recent} certificates within the hour; {MAX_PER_HOUR} are allowed",
+            retry_after=_HOUR.total_seconds(),
+        )
 
 
 def _line(living: Sequence[Credential], present: Credential) -> Sequence[Credential]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -22,7 +23,7 @@ from registry.model import (
     RenewalRight,
     TenantId,
 )
-from registry.ports import IssuedCertificate
+from registry.ports import IssuedCertificate, PreparedIssue
 from registry.registration_tokens import Provisioned
 from registry.storage import credentials
 from registry.storage.database import Database
@@ -184,6 +185,27 @@ async def test_a_device_that_asks_too_often_waits(services: CertificateServices,
         await services.enrolment.renew(right(done), DeviceKey.new().renewal(done.issued), CONTACT)
     services.clock.advance(hours=1)
     assert await services.enrolment.renew(right(done), DeviceKey.new().renewal(done.issued), CONTACT)
+
+
+async def test_a_device_that_asks_often_at_once_waits_too(
+    services: CertificateServices, tenant_id: TenantId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = await services.provisioned(tenant_id)
+    prepare, everybody = services.certificates.prepare, asyncio.Barrier(MAX_PER_HOUR + 2)
+
+    async def together(*arguments: Any, **more: Any) -> PreparedIssue:
+        prepared = await prepare(*arguments, **more)
+        await everybody.wait()  # all have been counted as few by now
+        return prepared
+
+    monkeypatch.setattr(services.certificates, "prepare", together)
+    requests = [DeviceKey.new().renewal(done.issued) for _ in range(everybody.parties)]
+    answers = await asyncio.gather(
+        *(services.enrolment.renew(right(done), each, CONTACT) for each in requests), return_exceptions=True
+    )
+    assert sum(isinstance(each, ResourceExhausted) for each in answers) == 3
+    assert len(await services.certificate_rows("issued")) == MAX_PER_HOUR
+    assert await services.certificate_rows("intended") == []
 
 
 # -- the grace door ----------------------------------------------------------------------------------------------------

@@ -424,6 +424,9 @@ class CoapEndpoint:
     def _arm(self, due: float, peer: EndpointPeer | None) -> None:
         """Wake up for a peer; for None, to let go of what is too old."""
         heapq.heappush(self._timers, (due, next(self._order), peer))
+        self._wake_by(due)
+
+    def _wake_by(self, due: float) -> None:
         if self._wakeup is None or due < self._wakeup_at:
             if self._wakeup is not None:
                 self._wakeup.cancel()
@@ -447,7 +450,6 @@ class CoapEndpoint:
                     peer._armed = None
                     peer._machine.tick(now)
                     self._work(peer, now)
-        finally:  # a peer that fails stops nobody else's timers
-            if timers and self._wakeup is None:
-                self._wakeup_at = timers[0][0]
-                self._wakeup = self._loop.call_later(max(0.0, self._wakeup_at - now), self._wake)
+        finally:  # a peer that fails stops nobody else's timers, and one that armed a late one delays nobody's
+            if timers:
+                self._wake_by(timers[0][0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiocoap
@@ -396,3 +397,62 @@ async def test_timers_acknowledge_repeat_and_let_go() -> None:
     assert wire.codes() == silent.codes() == ["0.00", "2.04", "2.04", "2.04"]
     assert endpoint.counters.retransmissions == 4
     await endpoint.drain(0)
+
+
+class Alarms:
+    """The loop's timers, on the clock of the bench."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._loop = asyncio.get_running_loop()
+        self._set: list[_Alarm] = []
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> _Alarm:
+        self._set.append(_Alarm(self._bench.now + delay, callback))
+        return self._set[-1]
+
+    def create_task(self, work: Any) -> asyncio.Task[Any]:
+        return self._loop.create_task(work)
+
+    def passes(self, until: float) -> None:
+        """Let the time pass, alarm by alarm."""
+        while due := [each for each in self._set if not each.cancelled and each.at <= until]:
+            first = min(due, key=lambda each: each.at)
+            self._set.remove(first)
+            self._bench.now = first.at
+            first.callback()
+        self._bench.now = until
+
+
+@dataclass
+class _Alarm:
+    at: float
+    callback: Callable[[], None]
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+async def test_what_one_peers_timer_arms_makes_no_others_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(CoapLimits(ack_delay=1.0, ack_timeout=2.0, ack_random_factor=1.0))
+    alarms = Alarms(bench)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.endpoint, "_loop", alarms)
+        bench.handler.gate.clear()
+        silent, other = bench.open("a")[0], bench.open("b")[0]
+        bench.asks(silent)
+        alarms.passes(1.0)
+        bench.handler.gate.set()
+        await bench.settles()
+        assert silent.codes() == ["0.00", "2.04"], "a separate response, which is not acknowledged"
+        bench.handler.gate.clear()
+        alarms.passes(2.5)
+        bench.asks(other)
+        alarms.passes(3.0)
+        assert (silent.codes(), other.codes()) == (["2.04"], []), "again, and once more at 7"
+        alarms.passes(3.5)
+        assert other.codes() == ["0.00"], "at its time, a second after it asked"
+    bench.handler.gate.set()
+    await bench.settles()
+    await bench.endpoint.drain(0.0)

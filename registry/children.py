@@ -152,15 +152,18 @@ class Children:
             return True
         self.looked_up += 1
         self._reading[device_id] = mark = object()
-        async with self._database.connection() as connection:
-            found = await storage.gateway_of(connection, tenant_id, device_id)
-        if self._reading.get(device_id) is mark:
-            del self._reading[device_id]
-            if found is not None and self._feed_trusted():
-                self._gateways[device_id] = found
-                self._gateways.move_to_end(device_id)
-                if len(self._gateways) > self._remembered:
-                    self._gateways.popitem(last=False)
+        try:
+            async with self._database.connection() as connection:
+                found = await storage.gateway_of(connection, tenant_id, device_id)
+        finally:
+            current = self._reading.get(device_id) is mark
+            if current:
+                del self._reading[device_id]
+        if current and found is not None and self._feed_trusted():
+            self._gateways[device_id] = found
+            self._gateways.move_to_end(device_id)
+            if len(self._gateways) > self._remembered:
+                self._gateways.popitem(last=False)
         return found == gateway_id
 
     async def via(self, speaker: Identity, device_id: DeviceId) -> DeviceId | None:

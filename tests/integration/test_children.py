@@ -12,7 +12,7 @@ import pytest
 
 from registry.children import Attached, Children, NewChild
 from registry.devices import DeviceChanges, NewDevice
-from registry.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted
+from registry.errors import InvalidArgument, NotFound, PermissionDenied, ResourceExhausted, Unavailable
 from registry.model import CredentialId, CredentialKind, DeviceId, DeviceStatus, Identity, TenantId
 from registry.sealing import KeyRing
 from registry.storage import children as storage
@@ -207,6 +207,19 @@ async def test_a_reading_that_a_change_overtakes_is_not_remembered(
     asked = children.looked_up
     assert await children.is_child(gateway, child)
     assert children.looked_up == asked + 1
+
+
+async def test_a_question_that_is_not_answered_leaves_nothing_behind(
+    children: Children, gateway: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> DeviceId | None:
+        raise Unavailable("the database is away")
+
+    monkeypatch.setattr(storage, "gateway_of", away)
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            await children.is_child(gateway, DeviceId(uuid4()))
+    assert not children._reading
 
 
 async def test_a_device_speaks_for_itself_and_its_children_only(

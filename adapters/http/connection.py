@@ -413,7 +413,9 @@ class HttpConnection(asyncio.Protocol):
         if isinstance(outcome, Later):
             outcome.future.add_done_callback(partial(self._hot_done, request, outcome.answer))
         else:
-            asyncio.ensure_future(outcome).add_done_callback(partial(self._hot_done, request, _result))
+            task = asyncio.ensure_future(outcome)
+            self._server.track(task)
+            task.add_done_callback(partial(self._hot_done, request, _result))
 
     def _hot_done(
         self, request: HotRequest, make: Callable[[asyncio.Future[Any]], Answer], done: asyncio.Future[Any]

@@ -23,7 +23,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 from uuid import uuid4
 
 from adapters.http.answer import Code, DateLine, Refusal, render
@@ -73,7 +73,7 @@ class HttpsServer:
             self.limits.send_timeout,
             self.limits.anonymous_send_timeout,
         )
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listener = TlsListener(
             tls_context, self._new_connection, limits=tls_limits, plaintext_hint=self._plaintext_hint
@@ -111,8 +111,8 @@ class HttpsServer:
                 task.cancel()
             await asyncio.wait(list(self._tasks), timeout=_LAST_WORDS)
 
-    def track(self, task: asyncio.Task[None]) -> None:
-        """Hold a request's task until it is done."""
+    def track(self, task: asyncio.Future[Any]) -> None:
+        """Hold a request's task until it is done; it is cancelled at the end of the drain."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -388,6 +388,7 @@ class Hot:
 
     def __init__(self) -> None:
         self.held: list[asyncio.Future[Answer]] = []
+        self.asking: list[asyncio.Task[Any] | None] = []
 
     def accepts(self, method: str, path: str) -> bool:
         return method == "POST" and path == "/hot"
@@ -403,6 +404,8 @@ class Hot:
                 return self.held[-1]
             case b"coroutine":
                 return self._later(body)
+            case b"ask":
+                return self._ask()
             case _:
                 return Answer(202, b"hot " + body, ((b"x-hot", b"1"),))
 
@@ -412,6 +415,11 @@ class Hot:
 
     async def _fail(self) -> Answer:
         raise RuntimeError("hot failure")
+
+    async def _ask(self) -> Answer:
+        self.asking.append(asyncio.current_task())
+        await asyncio.Event().wait()
+        raise AssertionError
 
 
 @on_both_loops
@@ -574,6 +582,22 @@ async def test_drain_cancels_streams_and_waiters_at_its_deadline() -> None:
         response = await waiting.response()
         assert (response.status, response.json()["code"]) == (503, "UNAVAILABLE")
         assert not (await stream.ended()).endswith(b"0\r\n\r\n")
+
+
+@on_both_loops
+async def test_drain_cancels_hot_requests_at_its_deadline_also_of_peers_that_are_gone() -> None:
+    hot = Hot()
+    async with serving(App(), hot=hot, limits=HttpLimits(half_close_grace=0.05)) as site:
+        waiting, gone = await site.client(), await site.client()
+        for client in (waiting, gone):
+            client.send(post("/hot", b"ask"))
+        await eventually(lambda: len(hot.asking) == 2)
+        gone.writer.transport.abort()
+        await eventually(lambda: len(site.server.connections) == 1)
+        await asyncio.wait_for(site.server.drain(0.05), 10)
+        response = await waiting.response()
+        assert (response.status, response.json()["code"]) == (503, "UNAVAILABLE")
+        assert all(task is not None and task.cancelled() for task in hot.asking)
 
 
 # Other people's clients

@@ -140,14 +140,16 @@ class Presence:
                 taken = [self._pending.pop(d) for d in list(self._pending)[:WRITTEN_AT_ONCE]]
                 # What holds now counts, not what held when the change was noted.
                 changes = [replace(c, online=c.device_id in self._sessions) for c in taken]
+                leaving = self._written.intersection(c.device_id for c in changes if not c.online)
+                self._written -= leaving  # at once: who comes and goes during the writing has been there again
                 try:
                     await self._write(changes)
                 except BaseException:
                     self._pending = {c.device_id: c for c in taken} | self._pending
+                    self._written |= leaving
                     self._wake.set()
                     raise
                 self._written.update(c.device_id for c in changes if c.online)
-                self._written.difference_update(c.device_id for c in changes if not c.online)
 
     async def reconcile(self) -> None:
         """Compare the rows of this node with its sessions, and queue the differences. Raises Unavailable."""

@@ -167,6 +167,28 @@ async def test_who_is_back_at_once_has_not_been_away_and_who_leaves_at_once_has_
     assert await world.status(brief_id) == "offline"
 
 
+async def test_who_comes_and_goes_while_its_leaving_is_being_written_has_been_there(
+    world: World, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, live, brief = await world.node("one"), session(tenant_id, device_id), session(tenant_id, device_id)
+    one.connected(live)
+    await one.flush()
+    one.disconnected(live, "left")
+    places = storage.places
+
+    async def overtaken(*arguments: Any) -> Any:
+        if not brief.closed:
+            brief.closed = True
+            one.connected(brief)
+            one.disconnected(brief, "left again")
+        return await places(*arguments)
+
+    monkeypatch.setattr(storage, "places", overtaken)
+    await one.flush()
+    assert await world.told(device_id) == ["connected", "disconnected"] * 2
+    assert (await world.last(device_id))["data"]["reason"] == "left again"
+
+
 async def test_a_storm_costs_few_transactions(
     world: World, tenant_id: TenantId, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         "_admitted",
         "_after_flush",
         "_flush_scheduled",
+        "_flushing",
         "_handshake_received",
         "_held",
         "_inner",
@@ -141,6 +142,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._queue: list[bytes | memoryview] = []
         self._queued = 0
         self._flush_scheduled = False
+        self._flushing = False
         self._raw_full = False
         self._inner_paused = False
         self._reading = True
@@ -305,7 +307,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._raw_full = True
-        self._tell_writing()
+        if not self._flushing:  # else at its end: who writes or closes when told finds in the queue what is left
+            self._tell_writing()
 
     def resume_writing(self) -> None:
         self._raw_full = False
@@ -479,6 +482,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             return
         queue, self._queue = self._queue, []
         size, self._queued = self._queued, 0
+        self._flushing = True
         try:
             if size <= MAX_PLAINTEXT:
                 ssl.send(queue[0] if len(queue) == 1 else b"".join(queue))
@@ -488,6 +492,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         except SSL.Error:
             self._drop(Drop.GARBAGE)
             return
+        finally:
+            self._flushing = False
         self._tell_writing()
 
     def _flush_large(self, ssl: SSL.Connection, raw: asyncio.Transport, pieces: list[memoryview]) -> None:

@@ -43,6 +43,8 @@ class TlsListener:
         self.counters = TlsCounters()
         self.ledger = Ledger(self.limits, self.counters)
         self.connections: set[TlsTransport] = set()
+        self.closing = False
+        """Whether it takes nobody any more."""
         self.read_buffer = memoryview(bytearray(_READ_BUFFER))
         self._server: asyncio.Server | None = None
 
@@ -53,6 +55,7 @@ class TlsListener:
         """
         if self._server is not None:
             raise RuntimeError("the listener is already started")
+        self.closing = False
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             lambda: TlsTransport(self, loop), host, port, backlog=self.limits.backlog
@@ -62,6 +65,7 @@ class TlsListener:
 
     async def close(self) -> None:
         """Stop accepting and end unfinished handshakes. Established connections live on; end them with `abort_all`."""
+        self.closing = True
         if self._server is not None:
             self._server.close()
             self._server = None

@@ -84,6 +84,7 @@ class StreamOwner(Protocol):
     protocol_factory: Callable[[], asyncio.Protocol]
     read_buffer: memoryview
     connections: set[TlsTransport]
+    closing: bool
 
 
 class _State(Enum):
@@ -264,6 +265,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         # uvloop's transports have the interface without the base class.
         self._raw = raw = cast(asyncio.Transport, transport)
         owner = self._owner
+        if owner.closing:  # accepted just before: the loop tells of it a turn later
+            self.abort()
+            return
         owner.counters.accepted += 1
         peer = raw.get_extra_info("peername")
         self.peer_address = str(peer[0]) if peer else ""

@@ -146,3 +146,16 @@ async def test_who_closes_when_the_socket_is_full_in_the_middle_of_a_large_write
     assert scene.client.get_shutdown() == SSL.RECEIVED_SHUTDOWN
     assert (scene.raw.closed, scene.raw.aborted) == (True, False)
     scene.transport.connection_lost(None)
+
+
+async def test_who_was_accepted_just_before_the_listener_closed_is_cut() -> None:
+    """The event loop tells of a connection a turn after it has accepted it; nobody would end that one any more."""
+    scene = Scene()
+    late = Raw()
+    late.above = TlsTransport(scene.listener, asyncio.get_running_loop())
+    await scene.listener.close()
+    late.above.connection_made(late)  # type: ignore[arg-type]
+    assert late.aborted
+    late.above.connection_lost(None)
+    assert scene.listener.connections == {scene.transport}
+    assert (scene.listener.counters.open, scene.listener.counters.handshaking) == (1, 0)

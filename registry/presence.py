@@ -193,7 +193,9 @@ class Presence:
             device_ids = list({c.device_id for c in changes})
             tenants = await storage.lock_devices(connection, device_ids)
             holders = await storage.places(connection, device_ids)
-            living = [c for c in changes if c.device_id in tenants]
+            called_dead = {c.node_id for c in changes} - {self._node_id}
+            returned = await storage.on_the_list(connection, called_dead) if called_dead else set()  # they speak again
+            living = [c for c in changes if c.device_id in tenants and c.node_id not in returned]
             await storage.move(
                 connection,
                 {(c.device_id, c.node_id): tenants[c.device_id] for c in living if c.online},

@@ -6,7 +6,7 @@ truth until the transaction ends: two nodes that write about one device come one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 from registry.model import DeviceId, NodeId, TenantId
@@ -106,3 +106,9 @@ async def of_nobody(connection: Connection, limit: int) -> list[Place]:
         limit,
     )
     return [(row["device_id"], row["node_id"]) for row in rows]
+
+
+async def on_the_list(connection: Connection, node_ids: Collection[NodeId]) -> set[NodeId]:
+    """Those of the nodes that are on the list now."""
+    rows = await connection.fetch("SELECT node_id FROM node WHERE node_id = ANY ($1::text[])", list(node_ids))
+    return {row["node_id"] for row in rows}

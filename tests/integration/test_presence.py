@@ -278,6 +278,30 @@ async def test_survivors_call_the_devices_of_a_dead_node_offline_once(
     assert await world.told(elsewhere) == ["connected"]
 
 
+async def test_a_node_that_comes_back_while_it_is_being_cleared_away_keeps_its_devices(
+    world: World, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survivor, before = await world.node("survivor"), await world.node("back")
+    before.connected(session(tenant_id, device_id))
+    await before.flush()
+    await world.run("DELETE FROM node WHERE node_id = 'back'")
+    of_nobody, returned = storage.of_nobody, asyncio.Event()
+
+    async def overtaken(*arguments: Any) -> Any:
+        orphans = await of_nobody(*arguments)
+        if not returned.is_set():
+            returned.set()
+            back = await world.node("back")
+            back.connected(session(tenant_id, device_id))
+            await back.flush()
+        return orphans
+
+    monkeypatch.setattr(storage, "of_nobody", overtaken)
+    await survivor.sweep()
+    assert await world.status(device_id) == "active"
+    assert await world.told(device_id) == ["connected"]
+
+
 async def test_nodes_that_write_about_one_device_at_once_agree(
     world: World, tenant_id: TenantId, make_device: MakeDevice
 ) -> None:

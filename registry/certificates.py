@@ -213,12 +213,15 @@ class Certificates:
             raise InvalidArgument(f"csr: {bad.message}", field="csr") from None
 
     def issued_before(self, stored: StoredCertificate) -> IssuedCertificate:
-        """A certificate of ours as it was answered when it was issued."""
+        """A living certificate of ours as it was answered when it was issued. Raises Unavailable."""
         issuer = self._authorities.by_id(stored.authority_id)
+        if issuer is None:  # another node has issued it after a roll-over that this one has not heard of
+            self._authorities.refresh_soon()
+            raise Unavailable("the issuing authority is being replaced; try again")
         return IssuedCertificate(
             credential_id=stored.credential_id,
             certificate_pem=bundle((stored.der,)),
-            chain_pem=self._chain(issuer or self._authorities.current.active),
+            chain_pem=self._chain(issuer),
             fingerprint=Fingerprint(stored.fingerprint.hex()),
             not_before=stored.not_before,
             not_after=stored.not_after,
@@ -340,12 +343,13 @@ class ForeignCertificates:
 
         `overlap` as `Credentials.register_certificate` has it. List with `Credentials.list(kind=X509)`, revoke with
         `Credentials.revoke_by_fingerprint`. Raises InvalidArgument (also for one of our own, and for one that has
-        expired) and as `Credentials.register_certificate`.
+        expired), WrongKeyRing, and as `Credentials.register_certificate`.
         """
         try:
             foreign = read_foreign_certificate(pem)
         except BadCertificate as bad:
             raise InvalidArgument(f"certificate: {bad.message}", field="certificate") from None
+        await self._authorities.refresh()  # it may be of an authority that this node has not heard of
         ours = self._authorities.current
         if foreign.der in ours.chain or ours.issuer_of(foreign.der) is not None:
             raise InvalidArgument(

@@ -147,6 +147,6 @@ class CertificateIssuer(Protocol):
     ) -> IssuedCertificate | None:
         """The device's living certificate for the request's public key, if there is one; nothing is made.
 
-        Raises InvalidArgument for a bad request.
+        Raises InvalidArgument for a bad request, Unavailable.
         """
         ...

@@ -139,11 +139,17 @@ class Authorities:
         log.info("ca.reloaded", extra={"fields": {"active": self.current.active.fingerprint}})
         return True
 
+    def refresh_soon(self) -> None:
+        """The same, behind whoever asks."""
+        task = asyncio.get_running_loop().create_task(self._try_refresh(), name="authorities")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
     async def follow(self, seen: Seen) -> None:
         """Read again what an event says has changed."""
         match seen.event.kind:
             case EventKind.CA_ROLLED_OVER:
-                self._refresh_soon()
+                self.refresh_soon()
             case EventKind.KEY_RING_ROTATED:
                 self._ring.refresh()
             case _:
@@ -152,17 +158,12 @@ class Authorities:
     async def restored(self) -> None:
         """The feed was away: a roll-over may have been missed."""
         self._ring.refresh()
-        self._refresh_soon()
+        self.refresh_soon()
 
     async def stop(self) -> None:
         """Wait for a reading under way."""
         while self._background:
             await asyncio.wait(self._background)
-
-    def _refresh_soon(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._try_refresh(), name="authorities")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     async def _try_refresh(self) -> None:
         try:

@@ -16,6 +16,7 @@ from certs.chains import unbundle
 from certs.keys import generate_p256
 from registry import psk
 from registry.devices import NewDevice
+from registry.errors import InvalidArgument, Unavailable
 from registry.events import SYSTEM
 from registry.feed import Feed
 from registry.model import Contact, CredentialKind, NodeId, PskIdentity, TenantId, Transport
@@ -110,6 +111,32 @@ async def test_a_lost_answer_is_given_again_with_the_former_issuer(
     await roll(services)
     await services.trust.live.refresh()
     assert (await services.tokens.provision(made.secret, key.csr(), CONTACT)).issued == first.issued
+
+
+async def test_a_node_that_has_heard_of_no_roll_over_gives_no_answer_again_with_the_wrong_issuer(
+    services: CertificateServices, tenant_id: TenantId
+) -> None:
+    """The device asks another node for what the first one has answered, sooner than the event comes there."""
+    other = await CertificateServices.open(services.database, ring=services.ring, clock=services.clock)
+    made, key = await services.tokens.create(tenant_id, NewToken("Pump"), OPERATOR), DeviceKey.new()
+    await roll(services)
+    first = await services.tokens.provision(made.secret, key.csr(), CONTACT)
+    with pytest.raises(Unavailable, match="being replaced"):
+        await other.tokens.provision(made.secret, key.csr(), CONTACT)
+    await other.trust.live.stop()  # what it has begun to read
+    assert (await other.tokens.provision(made.secret, key.csr(), CONTACT)).issued == first.issued
+
+
+async def test_a_node_that_has_heard_of_no_roll_over_takes_nothing_of_the_new_authority_for_foreign(
+    services: CertificateServices, tenant_id: TenantId
+) -> None:
+    """Registering our own certificate as a foreign one would undo its revocation."""
+    other = await CertificateServices.open(services.database, ring=services.ring, clock=services.clock)
+    await roll(services)
+    done = await services.provisioned(tenant_id)
+    await services.credentials.revoke(tenant_id, done.device_id, done.issued.credential_id, OPERATOR)
+    with pytest.raises(InvalidArgument, match="this server's own authority"):
+        await other.foreign.register(tenant_id, done.device_id, done.issued.certificate_pem, OPERATOR)
 
 
 async def test_a_renewal_is_signed_by_the_new_authority(

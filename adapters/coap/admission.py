@@ -37,6 +37,7 @@ looks at `gone`. What can be lost: nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ from registry.sessions import Session
 
 if TYPE_CHECKING:
     from adapters.coap.server import ServerCounters
+
+log: Final = logging.getLogger(__name__)
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -365,9 +368,12 @@ class Guest:
                 self.end_in(admission.limits.refused_linger)
             return error
         except RegistryError as error:
-            self._deciding = None  # the next request asks again, and those that are held now
-            self._endpoint.admit(self.association.association_id, known=False)
-            return error
+            return self._undecided(error)
+        except Exception:  # the end of this decision: the peer is told, as of any defect
+            self._endpoint.counters.failures += 1
+            fields = {"correlation_id": contact.correlation_id, "peer": self.association.association_id}
+            log.exception("coap.admission_failed", extra={"fields": fields})
+            return self._undecided(RegistryError("the admission failed"))
         self.role = role
         if isinstance(role, Device):
             self.stay()
@@ -377,6 +383,12 @@ class Guest:
         else:
             self._endpoint.admit(self.association.association_id, known=isinstance(role, Device))
         return role
+
+    def _undecided(self, error: RegistryError) -> RegistryError:
+        """The next request asks again, and those that are held now."""
+        self._deciding = None
+        self._endpoint.admit(self.association.association_id, known=False)
+        return error
 
 
 def _contact_of(association: Association) -> Contact:

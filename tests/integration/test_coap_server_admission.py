@@ -198,6 +198,34 @@ async def _away(*_: Any) -> Any:
     raise Unavailable("the database is away", retry_after=3.0)
 
 
+async def test_a_defect_while_it_is_being_judged_is_answered_and_asked_again(
+    coap: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = await coap.device()
+    resolver, gate = coap.api.registry.resolver, asyncio.Event()
+    recheck = resolver.recheck
+
+    async def broken(*_: Any) -> Any:
+        await gate.wait()
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(resolver, "recheck", broken)
+    async with coap.client(device) as client:
+        waiting = asyncio.create_task(client.get("/config"))
+        [peer] = coap.server._endpoint._peers.values()
+        await until(lambda: peer._held)
+        gate.set()
+        async with asyncio.timeout(10):
+            answer = await waiting
+        assert answer.code is Code.INTERNAL_SERVER_ERROR
+        assert b"defect" not in answer.payload
+        failed = [record for record in caplog.records if record.message == "coap.admission_failed"]
+        assert failed
+        assert all(record.exc_info for record in failed)
+        monkeypatch.setattr(resolver, "recheck", recheck)
+        assert (await client.get("/config")).code is Code.CONTENT
+
+
 async def test_nothing_is_served_between_a_revocations_mark_and_the_closing(
     coap: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,8 +171,12 @@ class Node:
     async def _write_seen(self) -> None:
         seen = list(self._sessions.take_seen().items())
         for start in range(0, len(seen), _ROWS_AT_ONCE):
-            async with self._database.connection() as connection:
-                await nodes.seen(connection, dict(seen[start : start + _ROWS_AT_ONCE]))
+            try:
+                async with self._database.connection() as connection:
+                    await nodes.seen(connection, dict(seen[start : start + _ROWS_AT_ONCE]))
+            except Unavailable:
+                self._sessions.put_back_seen(dict(seen[start:]))
+                raise
 
 
 def _row(session: Session) -> nodes.MirrorRow:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -181,6 +181,10 @@ class SessionTable:
                 seen[session.device_id] = now
         self._seen_taken = loop_now
         return seen
+
+    def put_back_seen(self, seen: Mapping[DeviceId, datetime]) -> None:
+        """What `take_seen` gave and could not be written; the next call gives it again, or what is newer."""
+        self._seen = {**seen, **self._seen}
 
     def all(self) -> list[Session]:
         """A copy of the live ones."""

@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from msgspec.structs import replace
 
+from registry.errors import Unavailable
 from registry.events import TEARDOWN, EventKind
 from registry.model import DeviceId, Identity, PskIdentity, SessionId, TenantId
 from registry.sealing import KeyRing, SealContext
@@ -157,6 +158,27 @@ async def _rebase(database: Database) -> None:
     for _ in range(300):
         async with database.connection() as connection:
             assert await events.rebase(connection) == 0
+
+
+async def test_when_a_device_was_seen_is_written_when_the_database_is_back(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING, run=False) as a:
+        session, _ = await a.connect(key)
+        a.sessions.ended(session)
+        async with database.connection() as connection:
+            await connection.execute("UPDATE device SET last_seen_at = NULL")  # its first use has set it, too
+
+            async def away(*_: object) -> None:
+                raise Unavailable("the database is away")
+
+            with monkeypatch.context() as outage:
+                outage.setattr(nodes, "seen", away)
+                with pytest.raises(Unavailable):
+                    await a.node._write_seen()
+            await a.node._write_seen()
+            assert await connection.fetchval("SELECT last_seen_at FROM device") == session.opened_at
 
 
 @pytest.mark.alone

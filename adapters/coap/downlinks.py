@@ -12,6 +12,8 @@ core no longer counts as unconfirmed is passed over when its turn comes.
 An observation that ends, by the client, its silence or its association, loses nothing: the core keeps commands until
 they are answered, and the next GET or registration begins with the first unfinished one. So a command arrives at least
 once, and is known by its `command_id`.
+
+A session that is closed gets nothing more, though its association may stand for a moment yet.
 """
 
 from __future__ import annotations
@@ -47,19 +49,22 @@ def command_response(command: Command | None, content_format: int) -> Response:
 class ConfigObserver:
     """Sends newer configurations (registry.device_config.ConfigListener)."""
 
-    def __init__(self, configs: DeviceConfigs, observation: Observation, content_format: int) -> None:
+    def __init__(self, configs: DeviceConfigs, session: Session, observation: Observation, content_format: int) -> None:
         self._configs = configs
+        self._session = session
         self._observation = observation
         self._format = content_format
         self._attachment: ConfigAttachment | None = None
 
-    def start(self, session: Session, present: DeviceConfig) -> None:
+    def start(self, present: DeviceConfig) -> None:
         """Take the observation; `present` is what the registration is answered with."""
+        session = self._session
         self._attachment = self._configs.attach(session.tenant_id, session.device_id, self, seen=present.version)
         self._observation.accept(self._cancelled)
 
     def configure(self, config: DeviceConfig) -> None:
-        self._observation.notify(config_response(config, self._format))
+        if not self._session.closed:
+            self._observation.notify(config_response(config, self._format))
 
     def _cancelled(self) -> None:
         if self._attachment is not None:
@@ -70,16 +75,18 @@ class ConfigObserver:
 class CommandObserver:
     """Sends commands one after the other (registry.commands.CommandListener)."""
 
-    def __init__(self, commands: Commands, observation: Observation, content_format: int) -> None:
+    def __init__(self, commands: Commands, session: Session, observation: Observation, content_format: int) -> None:
         self._commands = commands
+        self._session = session
         self._observation = observation
         self._format = content_format
         self._attachment: CommandAttachment | None = None
         self._waiting: deque[Command] = deque()
         self._on_its_way: Command | None = None
 
-    def start(self, session: Session, first: Command | None) -> None:
+    def start(self, first: Command | None) -> None:
         """Take the observation; `first` is what the registration is answered with."""
+        session = self._session
         behind = 0 if first is None else first.seq
         self._attachment = self._commands.attach(session.tenant_id, session.device_id, self, behind=behind)
         self._observation.accept(self._cancelled)
@@ -95,7 +102,7 @@ class CommandObserver:
             self._observation.notify(command_response(self._on_its_way, self._format), self._delivered)
 
     def _next_wanted(self) -> Command | None:
-        while self._attachment is not None and self._waiting:
+        while self._attachment is not None and self._waiting and not self._session.closed:
             command = self._waiting.popleft()
             if command.command_id in self._attachment.unconfirmed:
                 return command

@@ -315,8 +315,9 @@ class Resources:
         session, request = asked.device.session, asked.request
         content_format = formats.answer_format(request)
         config = await self._registry.device_configs.get(session.tenant_id, session.device_id)
+        _still_open(session)
         if asked.observation is not None:
-            ConfigObserver(self._registry.device_configs, asked.observation, content_format).start(session, config)
+            ConfigObserver(self._registry.device_configs, session, asked.observation, content_format).start(config)
         if config_tag(config) in request.etags:
             return Response(Code.VALID, etag=config_tag(config))
         return config_response(config, content_format)
@@ -332,8 +333,9 @@ class Resources:
         commands = self._registry.commands
         # A holder of its own for each request: it does not wait, so it holds up nobody.
         first = await commands.next(session.tenant_id, session.device_id, SessionId(uuid4()), after=behind)
+        _still_open(session)
         if asked.observation is not None:
-            CommandObserver(commands, asked.observation, content_format).start(session, first)
+            CommandObserver(commands, session, asked.observation, content_format).start(first)
         return command_response(first, content_format)
 
     # -- for everybody ---------------------------------------------------------------------------------------------
@@ -373,6 +375,12 @@ def _by_role(serve: EstServe) -> _Serve:
         return await serve(asked.request, asked.role, asked.contact)
 
     return answer
+
+
+def _still_open(session: Session) -> None:
+    """Nothing goes down any more once a session is closed, though its association may be a moment later."""
+    if session.closed:
+        raise Unauthenticated("the session was closed meanwhile")
 
 
 def _query(request: Request, taken: str | None) -> str | None:

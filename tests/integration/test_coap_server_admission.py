@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 from aiocoap.numbers.codes import Code
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from adapters.coap.admission import Guest
 from adapters.coap.server_limits import ServerLimits
 from registry.errors import Unavailable
+from registry.model import DeviceId
 from tests.coap_server import CoapDevice, Gone, Running, key_bytes, serving_coap
 from tests.dtls_peers import certificate_client_context, make_client_certificate
 from tests.http_api import Api, api  # noqa: F401
@@ -260,3 +262,56 @@ async def test_nothing_is_served_between_a_revocations_mark_and_the_closing(
         await client.closed()
         await revoking
     assert [each["payload"] for each in await coap.uplinks(device.device_id)] == [{"main.t": 1}]
+
+
+async def test_nothing_goes_down_between_a_revocations_mark_and_the_closing(
+    coap: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to who asked before the mark and is answered after it, nor to who observes."""
+    device = await coap.device()
+    commands, configs = coap.api.registry.commands, coap.api.registry.device_configs
+    revoked, closing = asyncio.Event(), asyncio.Event()
+    closings = 0
+    close = Guest.close
+
+    async def later(guest: Guest, reason: str) -> None:
+        nonlocal closings
+        closings += 1
+        await closing.wait()
+        await close(guest, reason)
+
+    def slow(read: Any) -> Any:
+        async def wait(*arguments: Any, **more: Any) -> Any:
+            found = await read(*arguments, **more)
+            await revoked.wait()
+            return found
+
+        return wait
+
+    monkeypatch.setattr(Guest, "close", later)
+    monkeypatch.setattr(coap.api.registry.sessions, "_polite_seconds", 60.0)
+    async with coap.client(device) as asking, coap.client(device) as observing:
+        assert (await observing.observe("/commands")).payload == b""
+        assert (await observing.observe("/config")).code is Code.CONTENT
+        monkeypatch.setattr(commands, "next", slow(commands.next))
+        monkeypatch.setattr(configs, "get", slow(configs.get))
+        asked = [asyncio.create_task(asking.get(path)) for path in ("/commands", "/config")]
+        await until(lambda: coap.server.coap_counters.serving == 2)
+        revoke = f"/devices/{device.device_id}/credentials/{device.credential_id}"
+        revoking = asyncio.create_task(coap.post(revoke, method="DELETE"))
+        try:
+            await until(lambda: closings == 2)
+            await coap.post(f"/devices/{device.device_id}/commands", {"method": "open"})
+            revoked.set()
+            assert [(await each).code for each in asked] == [Code.UNAUTHORIZED] * 2
+            await coap.post(f"/devices/{device.device_id}/config", {"config": {"n": 2}}, "PUT")
+            device_id = DeviceId(UUID(device.device_id))
+            [orders], [settings] = commands._downlinks.of(device_id), configs._downlinks.of(device_id)
+            await until(lambda: orders.unconfirmed and settings.version > 1)  # handed to those who listen
+            assert (await observing.get("/time")).code is Code.UNAUTHORIZED
+            assert observing.notifications.empty()
+        finally:
+            revoked.set()
+            closing.set()
+        await observing.closed()
+        await revoking

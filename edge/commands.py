@@ -400,9 +400,8 @@ def stage_sealing_key(config: Config, key_id: str | None, *, as_json: bool) -> N
     path = config.security.key_ring
     _key_ids(path)
     ring = load_or_create(path)
-    before = set(ring.key_ids)
     staged = stage_key(ring, path, key_id)
-    (new,) = set(staged.key_ids) - before
+    new = staged.key_ids[-1]
     if as_json:
         show_json({"path": str(path), "staged": new, "active": staged.active})
         return
@@ -415,7 +414,7 @@ async def drop_sealing_key(config: Config, key_id: str, *, as_json: bool) -> Non
     """Take a key out of the ring that nothing rests under. Raises KeyRingError."""
     path = config.security.key_ring
     async with _core(config) as core:
-        reduced = await drop_key(core.database, core.ring, path, key_id, actor=cli_actor())
+        reduced = await drop_key(core.database, path, key_id, actor=cli_actor())
         core.registry.feed.hint()
     if as_json:
         show_json({"path": str(path), "dropped": key_id, "key_ids": sorted(reduced.key_ids)})

@@ -14,12 +14,14 @@ Random 96-bit nonces are safe for 2**32 seals under one key (NIST SP 800-38D §8
 from __future__ import annotations
 
 import base64
+import fcntl
 import hmac
 import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -240,12 +242,43 @@ def _load(path: Path, read_again: Callable[[], KeyRing | None] | None = None) ->
         raise KeyRingError(f"{path}: {error}") from None
 
 
+@contextmanager
+def changing(path: Path) -> Iterator[KeyRing]:
+    """The ring that is in the file now, to be saved over it inside the block; who else changes it waits.
+
+    A ring that was read before may lack a key that somebody else has added meanwhile; saved, it would take that key
+    away from what is sealed under it. Raises KeyRingError.
+    """
+    try:
+        descriptor = _hold(path)
+    except OSError as error:
+        raise KeyRingError(f"{path}: {error.strerror}") from None
+    try:
+        yield _load(path)
+    finally:
+        os.close(descriptor)
+
+
 def save(ring: KeyRing, path: Path) -> None:
     """Write the ring over the one at `path`, all or nothing."""
     file_ownership.folder(path.parent)
     temporary = _write_beside(ring, path)
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def _hold(path: Path) -> int:
+    """A descriptor of the file, locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)  # NFS locks what is writable
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # it was replaced while we waited
 
 
 def _create(path: Path) -> None:

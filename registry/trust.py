@@ -46,7 +46,7 @@ from registry.events import SYSTEM, EventKind, NewEvent
 from registry.feed import Seen
 from registry.model import Actor, CredentialId, TemplateId, TenantId
 from registry.operators import IssuerKey
-from registry.sealing import KeyRing, KeyRingError, SealBroken, SealContext, key_prefix, save
+from registry.sealing import KeyRing, KeyRingError, SealBroken, SealContext, changing, key_prefix, save
 from registry.secrets import RandomBytes, Secret
 from registry.storage import audit, events, trust
 from registry.storage.database import Connection, Database
@@ -228,8 +228,9 @@ def stage_key(ring: KeyRing, path: Path, key_id: str | None = None) -> KeyRing:
     Where nodes have files of their own: stage here, copy the file to every node, then `rotate_key_ring` with this id.
     Raises KeyRingError.
     """
-    staged = ring.with_new(key_id or _next_key_id(ring))
-    save(staged, path)
+    with changing(path) as present:
+        staged = present.with_new(key_id or _next_key_id(present))
+        save(staged, path)
     ring.refresh()
     return staged
 
@@ -245,8 +246,9 @@ async def rotate_key_ring(
     """
     async with database.connection() as connection:
         await _check_canary(connection, ring)
-    rotated = ring.with_active(key_id) if key_id is not None else ring.with_new_active(_next_key_id(ring))
-    save(rotated, path)
+    with changing(path) as present:
+        rotated = present.with_active(key_id) if key_id is not None else present.with_new_active(_next_key_id(present))
+        save(rotated, path)
     ring.refresh()
     async with database.transaction() as connection:
         told = {"active": rotated.active}
@@ -269,7 +271,7 @@ async def reseal(database: Database, ring: KeyRing) -> Resealed:
     return Resealed(ring.active, total, await _count_others(database, ring))
 
 
-async def drop_key(database: Database, ring: KeyRing, path: Path, key_id: str, *, actor: Actor) -> KeyRing:
+async def drop_key(database: Database, path: Path, key_id: str, *, actor: Actor) -> KeyRing:
     """Take a key out of the ring and its file; the ring without it.
 
     Raises KeyRingError for the active key, and while anything rests under the key: then a node still seals under it,
@@ -280,8 +282,9 @@ async def drop_key(database: Database, ring: KeyRing, path: Path, key_id: str, *
         if any(counts):
             raise KeyRingError(f"{sum(counts)} values rest under the key {key_id!r}; reseal them first")
         await audit.insert(connection, None, actor, "drop_key", "key_ring", key_id)
-    reduced = ring.without(key_id)
-    save(reduced, path)
+    with changing(path) as present:
+        reduced = present.without(key_id)
+        save(reduced, path)
     return reduced
 
 

@@ -29,6 +29,7 @@ from registry.storage.database import Database
 from registry.templates import NewTemplate, claim_psk, claim_psk_context
 from registry.trust import (
     RESEAL_CHUNK,
+    Resealed,
     Trust,
     WrongKeyRing,
     drop_key,
@@ -243,9 +244,9 @@ async def test_every_sealed_value_opens_after_the_old_key_is_gone(
     template = await services.templates.create(tenant_id, NewTemplate("Batch"), OPERATOR)
     await roll(services)
 
-    rotated, report = await rotate_key_ring(database, ring, path, actor=OPERATOR)
+    _, report = await rotate_key_ring(database, ring, path, actor=OPERATOR)
     assert (report.active, report.resealed, report.left) == ("k2", 3 + 1 + 1 + 3 + 1, 0)
-    assert await drop_key(database, rotated, path, "k1", actor=OPERATOR)
+    assert await drop_key(database, path, "k1", actor=OPERATOR)
     assert await services.kinds(SYSTEM) == ["ca.rolled_over", "key_ring.rotated"]
 
     alone = load_or_create(path)
@@ -318,9 +319,9 @@ async def test_resealing_goes_on_where_it_was_stopped(
     again = load_or_create(path)
     assert again.active == "k2"
     with pytest.raises(KeyRingError, match="rest under"):
-        await drop_key(database, again, path, "k1", actor=OPERATOR)
+        await drop_key(database, path, "k1", actor=OPERATOR)
     assert (await reseal(database, again)).resealed == 3 + 1 + 2 + 1
-    await drop_key(database, again, path, "k1", actor=OPERATOR)
+    await drop_key(database, path, "k1", actor=OPERATOR)
     reopened = await CertificateServices.open(database, ring=load_or_create(path))
     assert [await offered(reopened, identity) for identity in keys] == list(keys.values())
 
@@ -342,6 +343,42 @@ async def test_a_staged_key_is_known_everywhere_before_it_seals(database: Databa
         await rotate_key_ring(database, ring, path, actor=OPERATOR, key_id="k9")
 
 
+async def test_two_rotations_at_once_lose_no_key(
+    database: Database, tenant_id: TenantId, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has read the file before the first one wrote it, and finds nothing sealed again yet."""
+    path = tmp_path / "key-ring.json"
+    services = await CertificateServices.open(database, ring=load_or_create(path))
+    keys = await devices_with_psks(services, tenant_id, 2)
+    first, second = load_or_create(path), load_or_create(path)
+    held: list[asyncio.Event] = []
+
+    async def waits(database: Database, ring: KeyRing) -> Resealed:
+        held.append(asyncio.Event())
+        await held[-1].wait()
+        return await reseal(database, ring)
+
+    monkeypatch.setattr("registry.trust.reseal", waits)
+    rotations = []
+    for number, ring in enumerate((first, second), start=1):
+        rotations.append(asyncio.create_task(rotate_key_ring(database, ring, path, actor=OPERATOR)))
+        await until(lambda number=number: len(held) == number)  # type: ignore[misc]
+    for rotation, event in zip(rotations, held, strict=True):
+        event.set()
+        await rotation
+    alone = load_or_create(path)
+    reopened = await CertificateServices.open(database, ring=alone)
+    assert [await offered(reopened, identity) for identity in keys] == list(keys.values())
+    assert (alone.active, alone.key_ids) == ("k3", ("k1", "k2", "k3"))
+
+
+async def test_keys_that_are_staged_at_once_are_all_there(tmp_path: Path) -> None:
+    path = tmp_path / "key-ring.json"
+    first, second = load_or_create(path), load_or_create(path)
+    stage_key(first, path)
+    assert stage_key(second, path).key_ids == load_or_create(path).key_ids == ("k1", "k2", "k3")
+
+
 async def test_a_ring_that_is_not_the_databases_rotates_nothing(database: Database, tmp_path: Path) -> None:
     path = tmp_path / "key-ring.json"
     await CertificateServices.open(database, ring=KeyRing.generate())
@@ -353,9 +390,9 @@ async def test_a_ring_that_is_not_the_databases_rotates_nothing(database: Databa
 
 async def test_the_active_key_is_not_dropped(database: Database, tmp_path: Path) -> None:
     path = tmp_path / "key-ring.json"
-    ring = load_or_create(path)
+    load_or_create(path)
     with pytest.raises(KeyRingError):
-        await drop_key(database, ring, path, "k1", actor=OPERATOR)
+        await drop_key(database, path, "k1", actor=OPERATOR)
     assert load_or_create(path).key_ids == ("k1",)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from registry.sealing import KeyRing, KeyRingError, SealBroken, SealContext, load_or_create, save
+from registry.sealing import KeyRing, KeyRingError, SealBroken, SealContext, changing, load_or_create, save
 from registry.secrets import Secret
 
 CONTEXT = SealContext("psk", "tenant-1", "credential-1", 1)
@@ -136,3 +137,24 @@ def test_a_ring_shows_no_key() -> None:
     assert "Secret(…)" in repr(ring.to_json())
     assert ring.to_json().reveal().count("k1") == 2
     assert "object at" in repr(ring)
+
+
+def test_who_waits_to_change_a_ring_gets_what_the_other_has_made_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "key-ring.json"
+    load_or_create(path)
+
+    def add() -> tuple[str, ...]:
+        with changing(path) as ring:
+            save(ring.with_new("second"), path)
+        return load_or_create(path).key_ids
+
+    with ThreadPoolExecutor(1) as others:
+        with changing(path) as ring:
+            waiting = others.submit(add)
+            save(ring.with_new("first"), path)
+        assert waiting.result(20) == ("k1", "first", "second")
+
+
+def test_a_ring_that_is_not_there_is_not_changed(tmp_path: Path) -> None:
+    with pytest.raises(KeyRingError, match="No such file"), changing(tmp_path / "key-ring.json"):
+        pass

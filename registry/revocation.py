@@ -123,7 +123,7 @@ class Teardown:
         Raises Unavailable.
         """
         scope = Scope(ended.tenant_id, ended.device_id, ended.credential_id, ended.session_id)
-        return len(self._sessions.matching(scope)) + await self._still_mirrored(scope, [])
+        return self._sessions.remaining(scope) + await self._still_mirrored(scope, [])
 
     # -- the feed's follower ---------------------------------------------------------------------------------------
 
@@ -176,17 +176,18 @@ class Teardown:
     async def _close(self, scope: Scope, reason: str, age_seconds: float) -> list[ClosedSession]:
         started = time.monotonic()
         doomed = self._sessions.matching(scope)
+        ended_here = [s for s in doomed if not s.closed]  # another end may be closing some of them, and tells of those
         closed = await self._sessions.close(doomed, reason, age_seconds=age_seconds)
         # Who was admitted before the commit may enter the table meanwhile, to be refused at its second reading. Who is
         # live by now has passed that: its device was let in again, and may come and go for ever.
         while found := [s for s in self._sessions.matching(scope) if not s.live]:
             if time.monotonic() - started >= RECEIPT_SECONDS:
                 break
-            doomed += found
+            ended_here += [s for s in found if not s.closed]
             closed += await self._sessions.close(found, reason, age_seconds=age_seconds)
         if closed:
             self._observer.revocation_torn_down(age_seconds + time.monotonic() - started)
-            self._spawn(self._record_closed(doomed, reason), "session events")
+            self._spawn(self._record_closed(ended_here, reason), "session events")
         return closed
 
     async def _follow_end(self, event: Event, reason: str, age_seconds: float) -> None:

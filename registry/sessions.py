@@ -271,6 +271,7 @@ class SessionTable:
         doomed: list[Session] = []
         for start in range(0, len(sessions), _SWEPT_AT_ONCE):
             doomed += await self._sweep_part(sessions[start : start + _SWEPT_AT_ONCE])
+        doomed = [s for s in doomed if not s.closed]  # an end that came meanwhile tells of its own
         await self.close(doomed, "credential no longer valid")
         return doomed
 

@@ -211,10 +211,52 @@ async def test_who_enters_the_table_after_the_feed_has_closed_the_others_is_not_
         await asyncio.sleep(0)
         receipt = await a.teardown.complete(ended)
         assert (closed_sessions(receipt), receipt.remaining) == ({str(session.session_id)}, 0)
+        assert await a.teardown.remaining(ended) == 0, "so is it told to who revokes again"
         reading.set()
         with pytest.raises(Unauthenticated):
             await late
         assert not a.sessions.matching(Scope(tenant_id, device_id, credential_id, None))
+
+
+async def reasons_told(database: Database) -> list[str]:
+    async with database.connection() as connection:
+        rows = await connection.fetch("SELECT data FROM event WHERE kind = 'session.closed' ORDER BY seq")
+    return [row["data"]["reason"] for row in rows]
+
+
+async def test_a_session_that_two_ends_concern_is_told_of_once(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    """Its device is deactivated while the revocation of its credential waits for its peer to let itself be closed."""
+    credential_id, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING) as a:
+        session, closer = await a.connect(key, WatchedCloser(stubborn=True))
+        first = asyncio.create_task(a.teardown.complete(await revoke(a.database, tenant_id, credential_id)))
+        await until(lambda: closer.reasons)
+        seq = await note_event(database, tenant_id, device_id)
+        ended = Ended(seq, tenant_id, now(), device_id=device_id, reason="device inactive")
+        receipts = await asyncio.gather(first, a.teardown.complete(ended))
+        assert [closed_sessions(each) for each in receipts] == [{str(session.session_id)}] * 2
+        await a.teardown.stop()
+        assert await reasons_told(database) == ["credential revoked"]
+
+
+async def test_a_session_that_is_closed_while_a_sweep_reads_is_told_of_once(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credential_id, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING) as a:
+        await a.connect(key)
+        states = a.resolver.states
+
+        async def overtaken(wanted: Sequence[CredentialId]) -> dict[CredentialId, CredentialState]:
+            await a.teardown.complete(await revoke(a.database, tenant_id, credential_id))
+            return await states(wanted)
+
+        monkeypatch.setattr(a.resolver, "states", overtaken)
+        await a.teardown.sweep()
+        await a.teardown.stop()
+        assert await reasons_told(database) == ["credential revoked"]
 
 
 async def test_a_device_that_was_let_in_again_is_not_closed_for_an_end_that_is_over(

@@ -148,7 +148,8 @@ class ChildProcess:
 
     async def exited(self, *, within: float | None = None) -> int:
         """Wait for the end, at most `within` seconds; the exit status, or minus the signal. Raises TimeoutError."""
-        return await asyncio.wait_for(asyncio.shield(self._ended), within)
+        async with asyncio.timeout(within):  # Python 3.11's wait_for may swallow a cancellation
+            return await asyncio.shield(self._ended)
 
     async def drained(self, *, within: float) -> None:
         """Wait until everything the child wrote is in the log, at most `within` seconds."""

@@ -500,6 +500,22 @@ async def test_a_watched_child_that_ends_by_itself_leaves_no_watcher(tmp_path: P
     assert log.tail() == "said"
 
 
+async def test_who_waits_for_a_child_is_cancelled_even_while_it_ends(tmp_path: Path) -> None:
+    """Else a stop is not heard that comes in that moment: the start goes on, or the supervisor starts another one."""
+    child = await ChildProcess.spawn(["/bin/true"], log=BoundedLog(tmp_path / "log"))
+    await child.exited(within=DEADLINE)
+    for turns in range(4):  # of the loop, between the end and the cancellation
+        child._ended = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(child.exited(within=DEADLINE))
+        await asyncio.sleep(0)
+        child._ended.set_result(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if waiting.cancel():
+            await asyncio.wait([waiting])
+            assert waiting.cancelled(), turns
+
+
 async def test_a_program_that_cannot_be_run_says_so_in_the_log(tmp_path: Path) -> None:
     log = BoundedLog(tmp_path / "log")
     child = await ChildProcess.spawn([str(tmp_path / "missing")], log=log)

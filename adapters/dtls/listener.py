@@ -558,7 +558,10 @@ class DtlsAssociation:
             self.close()
         else:
             self.abort()
-        self._listener.application.ended(self, reason)
+        try:
+            self._listener.application.ended(self, reason)
+        except Exception:  # of this connection: who ends others, or replaces this one, goes on
+            _log.exception("dtls.application.failed")
 
     def _transmit(self) -> None:
         for datagram in self._engine.datagrams():

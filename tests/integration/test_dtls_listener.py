@@ -124,6 +124,8 @@ class Fragile(Echo):
 
     failing: int = 0
     """So many of the next associations."""
+    failing_ends: int = 0
+    """So many of the next ends."""
 
     def established(self, association: Association) -> None:
         if self.failing:
@@ -135,6 +137,12 @@ class Fragile(Echo):
         if datagram == b"poison":
             raise KeyError("a defect")
         super().received(association, datagram)
+
+    def ended(self, association: Association, reason: str) -> None:
+        if self.failing_ends:
+            self.failing_ends -= 1
+            raise KeyError("a defect")
+        super().ended(association, reason)
 
 
 @pytest.mark.parametrize("pending", [False, True])
@@ -173,6 +181,31 @@ async def test_an_application_that_fails_over_a_new_association_loses_that_one_o
         async with udp_client(listener.port) as good:
             await good.handshake()
             assert await good.ask(b"me") == b"me"
+
+
+async def test_an_application_that_fails_over_an_end_keeps_no_other_from_its_own() -> None:
+    now, fragile = [0.0], Fragile()
+    async with serving(fragile, limits=DtlsLimits(idle_timeout=0.2), clock=lambda: now[0]) as listener:
+        async with udp_client(listener.port) as bad, udp_client(listener.port) as silent:
+            await bad.handshake()
+            now[0] = 0.1
+            await silent.handshake()
+            fragile.failing_ends, now[0] = 1, 0.25
+            await bad.until(lambda: bad.client.closed)
+            now[0] = 0.5
+            await silent.until(lambda: silent.client.closed)
+        assert [reason for _, reason in fragile.endings] == ["silent too long"]
+
+
+async def test_an_application_that_fails_over_a_replaced_association_has_the_new_one() -> None:
+    fragile = Fragile()
+    async with serving(fragile) as listener, udp_client(listener.port) as client:
+        await client.handshake()
+        fragile.failing_ends = 1
+        client.client = Client(psk_client_context())
+        await client.handshake()
+        assert await client.ask(b"here again") == b"here again"
+        assert (listener.counters.open, len(listener.associations())) == (1, 1)
 
 
 async def test_a_handshake_that_fails_over_its_key_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:

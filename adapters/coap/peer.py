@@ -696,8 +696,9 @@ class PeerMachine:
         if observation is not None and self._does_not_arrive(active.datagram, active.attempts):
             self._narrowed()
             observation.pending = observation.pending or active.state  # the newest state again, in smaller blocks
-        if observation is not None and observation.pending is not None:
-            # A newer state takes the place of the one that did not arrive, and its counter too (RFC 7641 §4.5.2).
+        if observation is not None and active.state is not None and observation.pending is not None:
+            # A newer state takes the place of the one that did not arrive, and its counter too (RFC 7641 §4.5.2). Not
+            # that of a request's answer, which is owed.
             pending = observation.pending
             observation.pending = None
             self._notifiable.pop(observation.number, None)

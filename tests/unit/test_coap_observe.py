@@ -264,6 +264,26 @@ def test_a_state_that_is_given_before_the_answer_follows_it() -> None:
     assert talk.said() == ["ACK 2.05 1 token=07 observe=1 'older'", "CON 2.05 #1 token=07 observe=2 'newer'"]
 
 
+def test_a_separate_answer_to_the_registration_is_repeated_and_a_state_waits_behind_it() -> None:
+    """Nothing takes its place: to who lists commands one by one it is the first of them."""
+    talk = Dialogue()
+    talk.sends(CON, Code.GET, 1, b"\7", path="obs", observe=0)
+    talk.asked()
+    assert talk.offered is not None
+    talk.machine.accept(talk.offered)
+    talk.passes(1)
+    assert talk.said() == ["ACK empty 1"]
+    talk.answers(Code.CONTENT, b"first")
+    assert talk.said() == ["CON 2.05 #1 token=07 observe=1 'first'"]
+    talk.notifies(talk.offered, Code.CONTENT, b"second", receipt="second")
+    talk.passes(3)
+    assert talk.said() == ["CON 2.05 #1 token=07 observe=1 'first'"]
+    talk.acknowledges(1)
+    assert talk.said() == ["CON 2.05 #2 token=07 observe=2 'second'"]
+    talk.acknowledges(2)
+    assert talk.event() == NotificationArrived(talk.offered, "second")
+
+
 def test_too_many_observations_are_answered_plainly() -> None:
     talk = Dialogue(CoapLimits(observations_per_peer=2))
     talk.observes(1, b"\1")

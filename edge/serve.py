@@ -491,10 +491,16 @@ async def _renew(certificate: ServerCertificate, contexts: Sequence[TlsContext |
     replaced = checked = loop.time()
     while True:
         await asyncio.sleep(AUTHORITIES_SECONDS)
-        rolled_over = certificate.write_chain(chain)
+        unwritten = ""
+        try:
+            rolled_over = certificate.write_chain(chain)
+        except OSError as error:  # a full disk: it is tried again, and the listeners do not wait for it
+            rolled_over, unwritten = False, _told(error)
         if not rolled_over and loop.time() - checked < CHECK_SECONDS:
             continue
         checked = loop.time()
+        if unwritten:
+            log.error("certificate.chain_unwritten", extra={"fields": {"reason": unwritten}})
         if not certificate.due() and loop.time() - replaced < TICKET_KEY_SECONDS:
             continue
         try:

@@ -382,12 +382,15 @@ class Messaging:
         async with self._database.connection() as connection:
             return await storage.retained(connection, tenant_id, topics, self._clock())
 
-    async def forget_retained(self, tenant_id: TenantId, topics: Sequence[str]) -> int:
-        """Remove retained messages, as when a grant is gone; how many there were. Raises Unavailable."""
-        if not topics:
+    async def forget_retained(self, tenant_id: TenantId, kept: Sequence[tuple[DeviceId, str]]) -> int:
+        """Remove what these devices have retained under these topics, as when a grant is gone; how many there were.
+
+        Raises Unavailable.
+        """
+        if not kept:
             return 0
         async with self._database.transaction() as connection:
-            return await storage.remove_retained(connection, [(tenant_id, topic) for topic in sorted(set(topics))])
+            return await storage.remove_retained(connection, [(tenant_id, *each) for each in sorted(set(kept))])
 
     async def retained_of_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> list[tuple[DeviceId, str]]:
         """Publisher and topic of what devices of a profile have retained: judge them when its grants change."""
@@ -561,10 +564,8 @@ class Messaging:
                 break
         while True:
             async with self._database.transaction() as connection:
-                topics = await storage.expired_retained(connection, now, _CHUNK)
-                if topics:
-                    await storage.remove_retained(connection, topics)
-            if len(topics) < _CHUNK:
+                found = await storage.remove_expired_retained(connection, now, _CHUNK)
+            if found < _CHUNK:
                 break
         async with self._database.transaction() as connection:
             await messaging_routes.sweep(connection, _CHUNK)

@@ -593,7 +593,7 @@ class Broker:
     async def _judge_retained(
         self, tenant_id: TenantId, grants: Sequence[TopicGrant], kept: Sequence[tuple[DeviceId, str]]
     ) -> None:
-        gone = [topic for device_id, topic in kept if not may_publish(grants, tuple(topic.split("/")), device_id)]
+        gone = [each for each in kept if not may_publish(grants, tuple(each[1].split("/")), each[0])]
         await self.messaging.forget_retained(tenant_id, gone)
 
     # Parts ----------------------------------------------------------------------------------------------------------

@@ -460,18 +460,41 @@ async def retained(connection: Connection, tenant_id: TenantId, topics: Sequence
     return [Retained(row["device_id"], message_of(row)) for row in rows]
 
 
-async def remove_retained(connection: Connection, topics: Sequence[tuple[TenantId, str]]) -> int:
-    """Forget retained messages; how many there were. In a transaction; holds the tenants' rows."""
-    held = await lock_retention(connection, topics)
-    removed = 0
+async def remove_retained(connection: Connection, kept: Sequence[tuple[TenantId, DeviceId, str]]) -> int:
+    """Forget what these devices have retained under these topics; how many there were. In a transaction; holds the
+    tenants' rows. What another device has put in its place by now stays."""
+    held = await lock_retention(connection, {(tenant_id, topic) for tenant_id, _, topic in kept})
+    rows = await connection.fetch(
+        """
+        SELECT tenant_id, topic FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS u (tenant_id, device_id, topic)
+        JOIN messaging_retained USING (tenant_id, device_id, topic)
+        """,
+        [tenant_id for tenant_id, _, _ in kept],
+        [device_id for _, device_id, _ in kept],
+        [topic for _, _, topic in kept],
+    )
+    return await _forget_retained(connection, {(row["tenant_id"], row["topic"]) for row in rows}, held)
+
+
+async def remove_expired_retained(connection: Connection, now: float, limit: int) -> int:
+    """Forget at most so many retained messages that are over; how many were found. As `remove_retained`."""
+    found = await expired_retained(connection, now, limit)
+    if found:
+        held = await lock_retention(connection, found)
+        # A topic may have got its next message before the rows were held.
+        still = await expired_retained(connection, now, limit)
+        await _forget_retained(connection, set(found).intersection(still), held)
+    return len(found)
+
+
+async def _forget_retained(
+    connection: Connection, topics: Collection[tuple[TenantId, str]], held: Mapping[TenantId, Retention]
+) -> int:
     for tenant_id, topic in topics:
-        size = held[tenant_id].sizes.pop(topic, None)
-        if size is not None:
-            removed += 1
-            held[tenant_id].messages -= 1
-            held[tenant_id].bytes -= size
+        held[tenant_id].messages -= 1
+        held[tenant_id].bytes -= held[tenant_id].sizes.pop(topic)
     await _write_retained(connection, dict.fromkeys(topics), held)
-    return removed
+    return len(topics)
 
 
 async def expired_retained(connection: Connection, now: float, limit: int) -> list[tuple[TenantId, str]]:

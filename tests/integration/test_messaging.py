@@ -500,7 +500,7 @@ async def test_the_last_retained_message_of_a_topic_is_kept_until_an_empty_one(
     assert await broker.messaging.retained_topics(tenant_id, "a/") == []
     await broker.messaging.prune()
     assert await rows(broker.database, "messaging_retained") == 1
-    assert await broker.messaging.forget_retained(tenant_id, ["ab", "ab", "a/b"]) == 1
+    assert await broker.messaging.forget_retained(tenant_id, [(device_id, each) for each in ("ab", "ab", "a/b")]) == 1
     async with broker.database.connection() as connection:
         row = await connection.fetchrow("SELECT retained_messages, retained_bytes FROM messaging_tenant")
     assert row is not None

@@ -126,7 +126,7 @@ async def test_a_changed_profile_is_told_and_what_is_offline_can_be_judged_again
     assert sorted(await broker.messaging.offline_topics(routes[0].session_id)) == ["kept", "site/1/alarm"]
     await broker.messaging.withdraw(routes[0].session_id, filters=["site/+/alarm"], topics=["site/1/alarm"])
     assert await broker.messaging.retained_of_profile(tenant_id, PROFILE) == [(device_id, "site/1/alarm")]
-    assert await broker.messaging.forget_retained(tenant_id, ["site/1/alarm"]) == 1
+    assert await broker.messaging.forget_retained(tenant_id, [(device_id, "site/1/alarm")]) == 1
     assert (await broker.publish(tenant_id, device_id, "site/1/alarm", b"z")).placements == ()
     again, resumed = await broker.connect(SessionKey(tenant_id, device_id, "c"))
     assert resumed is not None

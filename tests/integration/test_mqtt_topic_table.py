@@ -448,7 +448,8 @@ async def test_wills_that_are_allowed_come_and_reach_who_is_meant(world: World, 
                 await world.listening["victim"].send(Ack(PacketType.PUBREC, got.packet_id))
             await world.heard("victim")
         assert await world.heard("foreign") == []
-        await messaging.forget_retained(world.mqtt.api.tenant_id, [topic])
+        kept = await messaging.retained(world.mqtt.api.tenant_id, [topic])
+        await messaging.forget_retained(world.mqtt.api.tenant_id, [(each.device_id, topic) for each in kept])
 
 
 async def _until_rows(world: World, name: str, number: int) -> None:

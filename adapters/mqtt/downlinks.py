@@ -6,7 +6,8 @@
 Nothing of this is kept in the MQTT session: the core keeps commands until they are answered and the configuration for
 ever, and attaching brings what is unfinished (retained meaning, as CONTRACT §3 says; hence once for each SUBSCRIBE of a
 configuration). So a command is delivered at least once, in order, and known by its `command_id`; QoS 1 at most. Where
-the connection has no room now, it is tried again: the first unfinished command, and the newest configuration only.
+the connection has no room now, it is tried again: commands from the first that was not sent, the newest configuration
+only.
 
 A message's topic is spelled as the filter that asked for it: `devices/me/…` for who subscribed so, because clients
 hand messages out by matching their own filters.
@@ -96,6 +97,10 @@ class _Line:
         self._unsent: DeviceConfig | None = None
         """The newest configuration, where there was no room for it."""
         self._retry: asyncio.TimerHandle | None = None
+        self._given = 0
+        """The `seq` of the last command that was sent."""
+        self._retry_commands: asyncio.TimerHandle | None = None
+        """Where there was no room for the one behind it."""
 
     def opened(self, asked: Downlink, subscription: Subscription) -> None:
         self._subscribed[asked.filter.text] = asked, subscription
@@ -103,6 +108,7 @@ class _Line:
         tenant_id = role.session.tenant_id
         via = None if self._device_id == role.own else role.own
         if COMMANDS in asked.tails and self._commands is None:
+            self._given = 0
             self._commands = registry.commands.attach(tenant_id, self._device_id, self, via=via)
         if CONFIG in asked.tails:  # each time, as a retained message would come
             if self._config is not None:
@@ -115,6 +121,7 @@ class _Line:
         if self._commands is not None and self._way(COMMANDS) is None:
             self._role.registry.commands.detach(self._commands)
             self._commands = None
+            self._forget_retry()
         if self._config is not None and self._way(CONFIG) is None:
             self._role.registry.device_configs.detach(self._config)
             self._config = None
@@ -129,6 +136,7 @@ class _Line:
             registry.device_configs.detach(self._config)
         self._commands = self._config = None
         self._forget_unsent()
+        self._forget_retry()
 
     def acknowledged(self, key: int) -> bool:
         command_id = self._in_flight.pop(key, None)
@@ -141,13 +149,16 @@ class _Line:
     # What the core calls (registry.commands.CommandListener, registry.device_config.ConfigListener) -------------------
 
     def deliver(self, command: Command) -> None:
+        if self._retry_commands is not None:
+            return  # there was no room for one before it, with which it comes again
         key = self._owner.next_key()
         taken = self._send(COMMANDS, encode_command(command), key)
-        if taken is None or isinstance(taken, Untaken):
-            self._role.server.loop.call_later(AGAIN_SECONDS, self._again)
+        if taken is None or (isinstance(taken, Untaken) and taken is not Untaken.TOO_LARGE):
+            self._retry_commands = self._role.server.loop.call_later(AGAIN_SECONDS, self._again)
             return
+        self._given = command.seq
         self._in_flight[key] = command.command_id
-        if taken == 0:  # QoS 0: it has left, and nobody will say that it arrived
+        if taken in (0, Untaken.TOO_LARGE):  # QoS 0: it has left, or never will, and nobody will say that it arrived
             self.acknowledged(key)
 
     def configure(self, config: DeviceConfig) -> None:
@@ -170,12 +181,20 @@ class _Line:
             self._retry.cancel()
             self._retry = None
 
+    def _forget_retry(self) -> None:
+        if self._retry_commands is not None:
+            self._retry_commands.cancel()
+            self._retry_commands = None
+
     def _again(self) -> None:
-        if self._commands is None or self._in_flight:
+        self._retry_commands = None
+        if self._commands is None:
             return
-        registry, via = self._role.registry, self._commands.via
-        registry.commands.detach(self._commands)
-        self._commands = registry.commands.attach(self._role.session.tenant_id, self._device_id, self, via=via)
+        commands, via = self._role.registry.commands, self._commands.via
+        commands.detach(self._commands)
+        self._commands = commands.attach(
+            self._role.session.tenant_id, self._device_id, self, via=via, behind=self._given
+        )
 
     def _send(self, tail: tuple[str, ...], payload: bytes, key: int) -> int | Untaken | None:
         way = self._way(tail)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
+from adapters.mqtt import downlinks
 from adapters.mqtt.machine_limits import MqttLimits
 from adapters.mqtt.server_limits import ServerLimits
 from adapters.mqtt.wire_packets import Ack, Publish, Unsuback, Unsubscribe
@@ -84,6 +85,28 @@ async def test_a_configuration_that_waits_is_forgotten_with_its_subscription(mqt
         for each in held:
             await receiver.send(Ack(PacketType.PUBACK, each.packet_id))
         await silent(receiver)
+
+
+async def test_commands_that_found_no_room_come_in_order_though_others_are_still_on_their_way(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downlinks, "AGAIN_SECONDS", 0.05)
+    (one,) = await devices(mqtt, 1)
+    methods = [f"m{n}" for n in range(ROOM + 3)]
+    async with mqtt.api.operator() as operator:
+        for method in methods:
+            asked = await operator.post(f"{BASE}/devices/{one.device_id}/commands", json={"method": method})
+            assert asked.status_code == 201, asked.text
+    async with mqtt.client() as receiver:
+        await receiver.connect(one)
+        await receiver.subscribe("devices/me/commands")
+        got = [await receiver.expect(Publish) for _ in range(ROOM)]
+        await silent(receiver)  # they are tried again in vain
+        for n in range(len(methods)):
+            await receiver.send(Ack(PacketType.PUBACK, got[n].packet_id))
+            if len(got) < len(methods):
+                got.append(await receiver.expect(Publish))
+        assert [msgspec.json.decode(each.payload)["method"] for each in got] == methods
 
 
 def _role(mqtt: Running, device_id: str):  # type: ignore[no-untyped-def]

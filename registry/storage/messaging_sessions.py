@@ -587,8 +587,11 @@ async def due_wills(connection: Connection, now: float, limit: int) -> list[Reco
 
 
 async def postpone_will(connection: Connection, will_id: int, until: float) -> None:
-    """It could not be published now; try again later."""
-    await connection.execute("UPDATE messaging_will SET due_at = $2 WHERE will_id = $1", will_id, until)
+    """It could not be published now; try again later. It was due, so it stands alone from now on: its client comes back
+    too late to take it back."""
+    await connection.execute(
+        "UPDATE messaging_will SET due_at = $2, session_id = NULL WHERE will_id = $1", will_id, until
+    )
 
 
 def _is_over(row: Record, latest: Mapping[int, int], now: float) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from registry.messaging_values import SessionKey
+from registry.messaging_limits import MessagingLimits
+from registry.messaging_values import Message, QueueFull, SessionKey, StoredWill
 from registry.model import DeviceId, TenantId
 from registry.storage import messaging as storage
 from registry.storage.database import Connection, Database
@@ -82,3 +83,23 @@ async def test_who_loses_a_grant_takes_nobody_elses_retained_message_along(
     assert await broker.messaging.forget_retained(tenant_id, found) == 1
     assert await retained(broker, tenant_id) == [b"theirs"]
     assert await retained_as_counted(broker.database) == 1
+
+
+async def test_a_will_that_was_due_and_could_not_be_published_outlasts_its_clients_return(
+    dsn: str, clock: Seconds, key: SessionKey, make_device: MakeDevice
+) -> None:
+    async with broker_on(dsn, "a", clock, MessagingLimits(queued_messages=1)) as broker:
+        watching, _ = await broker.connect(SessionKey(key.tenant_id, await make_device(key.tenant_id), "w"))
+        await broker.subscribe(watching, "#")
+        await broker.publish(key.tenant_id, key.device_id, "t", b"fills the queue")
+        with pytest.raises(QueueFull):
+            await broker.publish(key.tenant_id, key.device_id, "t", b"has no room")
+        served, _ = await broker.connect(key, will=StoredWill(Message("will", b"gone", 1)))
+        await broker.disconnect(served, publish_will=True)
+        await broker.messaging.tick()
+        await broker.connect(key, will=StoredWill(Message("will", b"of the next connection", 1)))
+        ((ordinal, _, _),) = watching.sent
+        await broker.messaging.delivered(watching.ownership, ordinal)
+        clock.now += 60
+        await broker.messaging.tick()
+        assert watching.payloads == [b"fills the queue", b"gone"]

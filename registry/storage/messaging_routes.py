@@ -258,12 +258,17 @@ async def sweep(connection: Connection, limit: int) -> int:
 
 
 async def prune(connection: Connection, seconds: float, limit: int) -> int:
-    """Delete rows that were removed longer ago than any follower may be behind; how many."""
+    """Delete rows that were removed longer ago than any follower may be behind; how many.
+
+    One that is taken up again meanwhile stays, which only the condition outside sees to: a row that was found by its
+    place is deleted by older PostgreSQLs (16.2 is one) whatever has become of it.
+    """
     status = await connection.execute(
         """
         DELETE FROM messaging_route WHERE ctid = ANY (ARRAY (
             SELECT ctid FROM messaging_route WHERE removed_at < now() - make_interval(secs => $1)
             ORDER BY removed_at LIMIT $2))
+          AND removed_at < now() - make_interval(secs => $1)
         """,
         seconds,
         limit,

@@ -5,7 +5,10 @@ What is written between the two by somebody else is acknowledged already, and st
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -13,6 +16,7 @@ from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import Message, QueueFull, SessionKey, StoredWill
 from registry.model import DeviceId, TenantId
 from registry.storage import messaging as storage
+from registry.storage import messaging_routes
 from registry.storage.database import Connection, Database
 from tests.conftest import MakeDevice
 from tests.messaging_brokers import Broker, Seconds, broker_on
@@ -103,3 +107,55 @@ async def test_a_will_that_was_due_and_could_not_be_published_outlasts_its_clien
         clock.now += 60
         await broker.messaging.tick()
         assert watching.payloads == [b"fills the queue", b"gone"]
+
+
+async def test_a_route_that_is_taken_up_while_it_is_pruned_stays(
+    broker: Broker, other: Broker, database: Database, key: SessionKey
+) -> None:
+    served, _ = await broker.connect(key)
+    await broker.subscribe(served, "t")
+    await broker.messaging.unsubscribe(served.ownership, ["t"])
+    async with database.connection() as connection:
+        await connection.execute("UPDATE messaging_route SET removed_at = removed_at - interval '1 day'")
+        await connection.execute(  # so many that PostgreSQL does not read the whole table for one
+            """
+            INSERT INTO messaging_route (tenant_id, version, node_id, filter, stored, qos)
+            SELECT $1, 0, 'elsewhere', n::text, false, 0 FROM generate_series(1, 5000) AS n
+            """,
+            key.tenant_id,
+        )
+        await connection.execute("ANALYZE messaging_route")
+    writing, written = asyncio.Event(), asyncio.Event()
+    put = messaging_routes.put_sessions
+
+    async def put_slowly(*arguments: Any) -> None:
+        await put(*arguments)
+        writing.set()
+        await written.wait()
+
+    with mock.patch.object(messaging_routes, "put_sessions", put_slowly):
+        subscribing = asyncio.create_task(broker.subscribe(served, "t"))
+        await writing.wait()
+        pruning = asyncio.create_task(other.messaging.prune())
+        async with asyncio.timeout(10):
+            while not await waits_for_a_lock(database):
+                await asyncio.sleep(0.01)
+        written.set()
+        await subscribing
+        await pruning
+    await broker.disconnect(served)
+    _, resumed = await broker.connect(key)
+    assert resumed is not None
+    assert [each.filter for each in resumed.subscriptions] == ["t"]
+
+
+async def waits_for_a_lock(database: Database) -> bool:
+    async with database.connection() as connection:
+        waits: bool = await connection.fetchval(
+            """
+            SELECT EXISTS (SELECT FROM pg_stat_activity
+                           WHERE wait_event_type = 'Lock' AND datname = current_database()
+                             AND query LIKE '%DELETE FROM messaging_route%')
+            """
+        )
+    return waits

@@ -131,10 +131,11 @@ class MessageRoutes:
             pass
 
     async def write_again(self) -> None:
-        """All interests, after this node was taken for dead. Raises Unavailable."""
+        """All interests, after this node was taken for dead. Raises Unavailable; then it is to be called again."""
         self._written.clear()
-        for tenant_id, route in list(self._watched):
-            await self._batcher.submit(_Interest(tenant_id, route))
+        watched = list(self._watched)
+        for start in range(0, len(watched), _BATCH):
+            await asyncio.gather(*(self._batcher.submit(_Interest(*each)) for each in watched[start : start + _BATCH]))
 
     # Following ----------------------------------------------------------------------------------------------------
 

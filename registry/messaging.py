@@ -114,6 +114,7 @@ class Messaging:
         self._relays_dropped = 0
         self._ended_full = 0
         self._alone = False
+        self._struck_off = False
         self._will_left = asyncio.Event()
         self.grants = GrantTable(database)
 
@@ -607,6 +608,10 @@ class Messaging:
             alive = await storage.beat(connection, self.node_id, self._incarnation)
         if not alive:
             await self._rejoin()
+        if self._struck_off:  # however often the database goes away meanwhile
+            await self._routes.write_again()
+            self._struck_off = False
+            self._inbox.wake()  # for the evictions
         async with self._database.connection() as connection:
             dead = await storage.unlisted_owners(connection)
             dead += await storage.take_dead(connection, DEAD_SECONDS)
@@ -618,10 +623,9 @@ class Messaging:
     async def _rejoin(self) -> None:
         """Others took this node for dead, and gave its sessions away."""
         log.warning("messaging.struck_off", extra={"fields": {"node": self.node_id}})
+        self._struck_off = True
         await self._clear_up_after(self.node_id)
         await self._join()
-        await self._routes.write_again()
-        self._inbox.wake()  # for the evictions
 
     async def _clear_up_after(self, node_id: NodeId) -> None:
         """Let go of everything that a process of this node held. Raises Unavailable; then it is done again later."""

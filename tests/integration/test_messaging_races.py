@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from registry.errors import Unavailable
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import Message, QueueFull, SessionKey, StoredWill
 from registry.model import DeviceId, TenantId
@@ -159,3 +160,47 @@ async def waits_for_a_lock(database: Database) -> bool:
             """
         )
     return waits
+
+
+@pytest.mark.parametrize("step", ["join", "write"])
+async def test_a_node_that_comes_back_writes_its_interests_though_the_database_goes_away_again(
+    broker: Broker, other: Broker, database: Database, tenant_id: TenantId, device_id: DeviceId, step: str
+) -> None:
+    await broker.messaging.watch(tenant_id, "w", stored=False, qos=1)
+    async with database.connection() as connection:
+        await connection.execute("DELETE FROM messaging_node WHERE node_id = 'a'")
+    messaging = broker.messaging
+    failing, name = (messaging, "_join") if step == "join" else (messaging._routes, "_write")
+    whole = getattr(failing, name)
+
+    async def unheard(*arguments: Any) -> None:  # committed, or not: the answer is lost
+        if step == "join":
+            await whole(*arguments)
+        raise Unavailable("the database is away")
+
+    with (
+        mock.patch("registry.message_routes.RETRY_PAUSES", ()),
+        mock.patch.object(failing, name, unheard),
+        pytest.raises(Unavailable),
+    ):
+        await messaging._beat()
+    await messaging._beat()
+    assert (await other.publish(tenant_id, device_id, "w", b"")).routing.relays != ()
+
+
+async def test_a_node_that_comes_back_writes_its_interests_before_it_is_taken_for_dead_again(
+    broker: Broker, database: Database, tenant_id: TenantId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.gather(*(broker.messaging.watch(tenant_id, f"t/{n}", stored=False, qos=1) for n in range(200)))
+    async with database.connection() as connection:
+        await connection.execute("DELETE FROM messaging_node WHERE node_id = 'a'")
+    put, written = messaging_routes.put_nodes, []
+
+    async def counted(connection: Connection, versions: Any, interests: Any) -> None:
+        written.append(len(interests))
+        await put(connection, versions, interests)
+
+    monkeypatch.setattr(messaging_routes, "put_nodes", counted)
+    await broker.messaging._beat()
+    assert sum(written) == 200
+    assert len(written) <= 2  # transactions, each some milliseconds, in which it does not beat

@@ -114,6 +114,7 @@ class Messaging:
         self._relays_dropped = 0
         self._ended_full = 0
         self._alone = False
+        self._heard = 0
         self._struck_off = False
         self._will_left = asyncio.Event()
         self.grants = GrantTable(database)
@@ -488,6 +489,7 @@ class Messaging:
             pass  # the next publication finds it full again
 
     def _met_another(self) -> None:
+        self._heard += 1
         self._alone = False
 
     # Loops --------------------------------------------------------------------------------------------------------
@@ -615,7 +617,10 @@ class Messaging:
         async with self._database.connection() as connection:
             dead = await storage.unlisted_owners(connection)
             dead += await storage.take_dead(connection, DEAD_SECONDS)
-            self._alone = not await storage.has_others(connection, self.node_id)
+            heard = self._heard
+            others = await storage.has_others(connection, self.node_id)
+            if heard == self._heard:  # else another one has come after it was looked for
+                self._alone = not others
         for node_id in dead:
             log.warning("messaging.node_dead", extra={"fields": {"node": node_id}})
             await self._clear_up_after(node_id)

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from registry import messaging as subject
 from registry.errors import Unavailable
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import Message, QueueFull, SessionKey, StoredWill
@@ -204,3 +205,22 @@ async def test_a_node_that_comes_back_writes_its_interests_before_it_is_taken_fo
     await broker.messaging._beat()
     assert sum(written) == 200
     assert len(written) <= 2  # transactions, each some milliseconds, in which it does not beat
+
+
+async def test_a_node_that_is_heard_of_while_a_beat_looks_for_others_is_not_forgotten(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = storage.has_others
+
+    async def looked_before(connection: Connection, node_id: Any) -> bool:
+        found = await look(connection, node_id)
+        broker.messaging._met_another()
+        return found
+
+    monkeypatch.setattr(subject.storage, "has_others", looked_before)
+    assert broker.messaging.alone
+    await broker.messaging._beat()
+    assert not broker.messaging.alone
+    monkeypatch.setattr(subject.storage, "has_others", look)
+    await broker.messaging._beat()
+    assert broker.messaging.alone

@@ -177,6 +177,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         if not isinstance(protocol, asyncio.Protocol):
             raise TypeError(f"the inner protocol must be an asyncio.Protocol, not {type(protocol).__name__}")
         self._inner = protocol
+        self._inner_paused = False  # this one has been told nothing
+        if self._raw_full:
+            self._loop.call_soon(self._tell_writing)  # when it has the transport
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         assert self._inner is not None, "the connection is lost"

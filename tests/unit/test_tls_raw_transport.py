@@ -148,6 +148,24 @@ async def test_who_closes_when_the_socket_is_full_in_the_middle_of_a_large_write
     scene.transport.connection_lost(None)
 
 
+async def test_a_protocol_that_takes_over_while_the_socket_is_full_is_told_so() -> None:
+    """As MQTT does from HTTP: it bounds what waits for a slow reader by this, and cuts who takes nothing for long."""
+    scene, taking_over = Scene(), Inner()
+    scene.raw.room = 0
+    scene.transport.write(LARGE)
+    await asyncio.sleep(0)
+    scene.transport.set_protocol(taking_over)
+    assert taking_over.told == [], "not before it has the transport"
+    await asyncio.sleep(0)
+    assert (scene.inner.told, taking_over.told) == (["pause"], ["pause"])
+    scene.raw.drains()
+    assert (scene.inner.told, taking_over.told) == (["pause"], ["pause", "resume"])
+    third = Inner()
+    scene.transport.set_protocol(third)
+    await asyncio.sleep(0)
+    assert third.told == []
+
+
 async def test_who_was_accepted_just_before_the_listener_closed_is_cut() -> None:
     """The event loop tells of a connection a turn after it has accepted it; nobody would end that one any more."""
     scene = Scene()

@@ -170,7 +170,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-async def until(condition: object, *, seconds: float = 10.0) -> None:
+async def until(condition: object, *, seconds: float = 20.0) -> None:
     """Wait until `condition()` holds; fail after `seconds`."""
     assert callable(condition)
     async with asyncio.timeout(seconds):

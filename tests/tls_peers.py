@@ -95,7 +95,7 @@ async def connect(port: int, context: ssl.SSLContext) -> tuple[asyncio.StreamRea
     return await asyncio.open_connection("127.0.0.1", port, ssl=context)
 
 
-async def eventually(condition: object, seconds: float = 5.0) -> None:
+async def eventually(condition: object, seconds: float = 20.0) -> None:
     """Wait until `condition()` holds; fail after `seconds`."""
     assert callable(condition)
     async with asyncio.timeout(seconds):

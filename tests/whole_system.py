@@ -105,7 +105,7 @@ def value(read: Samples, name: str, **labels: str) -> float:
     return sum(found)
 
 
-async def until(condition: Callable[[], Awaitable[bool]], *, seconds: float = 15.0, pause: float = 0.05) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], *, seconds: float = 30.0, pause: float = 0.05) -> None:
     """Wait until the condition holds; TimeoutError after `seconds`."""
     async with asyncio.timeout(seconds):
         while not await condition():

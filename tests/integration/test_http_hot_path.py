@@ -107,7 +107,7 @@ async def test_heads_that_end_a_connection_or_wait_are_not_learnt(site: Site) ->
 
 
 async def test_a_connection_that_repeats_itself_goes_idle_and_ends_as_any_other() -> None:
-    async with serving(App(), hot=Hot(), limits=HttpLimits(keep_alive_timeout=0.05)) as site:
+    async with serving(App(), hot=Hot(), limits=HttpLimits(keep_alive_timeout=0.3)) as site:
         client = await accustomed(site)
         assert await client.ended() == b""
         assert site.server.counters.idle_closed == 1

@@ -135,9 +135,8 @@ class Devices:
             self._taken_elsewhere[key] = max(number, self._taken_elsewhere.get(key, 0))
 
     def _end_taken(self, role: DeviceRole) -> None:
-        if not role.peer.alive:
-            return
-        self.server.counters.taken_over += 1
+        """It has left when this returns: one that has ended by itself, and is to be told in the next turn, as well."""
+        self.server.counters.taken_over += role.peer.alive
         role.peer.end(ReasonCode.SESSION_TAKEN_OVER, publish_will=True)
 
     async def _disown(self, key: Key) -> None:

@@ -12,10 +12,10 @@ import pytest
 from adapters.mqtt.device import DeviceRole
 from adapters.mqtt.properties import NO_PROPERTIES, Properties
 from adapters.mqtt.session import Session
-from adapters.mqtt.wire_packets import Connack, Disconnect, QoS, Will
+from adapters.mqtt.wire_packets import Connack, Connect, Disconnect, Publish, QoS, Will
 from adapters.mqtt.wire_reasons import LocalProtocolError, ReasonCode, Version
 from registry.errors import Unavailable
-from registry.messaging_values import Opening, OutcomeOpen, SessionKey, Taken
+from registry.messaging_values import Opening, OutcomeOpen, Published, Routing, SessionKey, Taken
 from tests.http_api import Api, api, running_api
 from tests.mqtt_devices import KEEP, devices, silent
 from tests.mqtt_server import Client, Device, Gone, Running, serving_mqtt
@@ -126,6 +126,38 @@ async def test_a_session_that_cannot_be_restored_is_let_go(mqtt: Running, monkey
         answer = await client.connect(one, clean_start=False, properties=KEEP)
         assert isinstance(answer, Connack)
         assert answer.session_present
+
+
+async def test_a_goodbye_that_is_over_in_the_turn_in_which_its_client_is_back_counts(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DISCONNECT waits for the answer to what came before it; that comes when the next connection is being admitted."""
+    one, other = await devices(mqtt, 2)
+    devices_here, messaging = mqtt.server.devices, mqtt.server.broker.messaging
+    storing: asyncio.Future[Published] = asyncio.get_running_loop().create_future()
+    take = devices_here._take
+
+    async def taken_in_the_turn_of_the_answer(role: DeviceRole, connect: Connect) -> bool:
+        storing.set_result(Published(Routing()))
+        await asyncio.sleep(0)  # its callback, and what that leaves for the next turn, are in line before and behind us
+        return await take(role, connect)
+
+    async with mqtt.client() as witness, mqtt.client() as first, mqtt.client() as second:
+        await witness.connect(other)
+        await witness.subscribe("site/will")
+        will = Will("site/will", b"said goodbye", QoS.AT_LEAST_ONCE)
+        await first.connect(one, clean_start=False, properties=KEEP, will=will)
+        with monkeypatch.context() as patch:
+            patch.setattr(messaging, "publish", lambda _: storing)
+            await first.send(Publish("site/a", b"", QoS.AT_LEAST_ONCE, packet_id=1))
+            await first.send(Disconnect(properties=Properties(session_expiry_interval=0)))
+            await until(lambda: any(role.peer.machine.leaving for role in devices_here.by_key.values()))
+        monkeypatch.setattr(devices_here, "_take", taken_in_the_turn_of_the_answer)
+        answer = await second.connect(one, clean_start=False, properties=KEEP)
+        assert not answer.session_present
+        await messaging.tick()
+        await silent(witness)
+        await second.goodbye()
 
 
 # Two nodes ------------------------------------------------------------------------------------------------------------

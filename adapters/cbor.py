@@ -102,7 +102,10 @@ def _plain(value: Json) -> Json:
         case list():
             return [_plain(each) for each in value]
         case datetime():
-            return value.astimezone(UTC) if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            try:
+                return value.astimezone(UTC) if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            except OverflowError:
+                raise _refused("has a time that is beyond the calendar in UTC") from None
         case _ if value is undefined:
             return None
         case _:

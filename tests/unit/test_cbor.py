@@ -59,6 +59,8 @@ def test_any_bytes_give_a_value_or_the_one_error(raw: bytes) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
+        b"\xc0" + cbor2.dumps("9999-12-31T23:59:59-23:59"),
+        b"\xc0" + cbor2.dumps("0001-01-01T00:00:00+23:59"),
         cbor2.dumps(cbor2.CBORTag(35, "(a+)+$")),
         cbor2.dumps(2**64),
         b"\xd8\x1c\x81\xd8\x1d\x00",

@@ -210,6 +210,8 @@ class KeyClaim:
                     raise _Lost
                 if held.credential_type is not terms.credential_type:
                     raise _Lost
+                if held.profile_id != terms.profile_id:
+                    raise _Lost  # what waited for the change has the template as it is now, but not its profile
                 device = self._device(held, device_id, request, hardware_id, now)
                 if not await devices.insert(connection, device):
                     raise _Lost

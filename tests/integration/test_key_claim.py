@@ -16,7 +16,7 @@ from registry.credentials import IssuedApiKey
 from registry.devices import NewDevice
 from registry.errors import FailedPrecondition, InvalidArgument, Refused
 from registry.key_claim import Claimed, ClaimRequest
-from registry.model import AnchorMode, CredentialKind, DeviceStatus, Template, TemplateStatus, TenantId
+from registry.model import AnchorMode, CredentialKind, DeviceStatus, ProfileId, Template, TemplateStatus, TenantId
 from registry.profiles import NewProfile
 from registry.psk import IssuedPsk, seal_context
 from registry.sealing import KeyRing
@@ -426,6 +426,25 @@ async def test_a_claim_waits_for_a_change_under_way_and_obeys_it(
     assert services.book.reasons == [reason]
     assert await services.rows("SELECT 1 FROM device") == []
     assert (await services.templates.get(tenant_id, terms.template_id)).claims == 0
+
+
+@pytest.mark.parametrize("said", [{}, {"max_claims": 5}])
+async def test_a_claim_that_waits_for_another_profile_takes_what_that_one_gives(
+    services: Services, tenant_id: TenantId, said: dict[str, Any]
+) -> None:
+    for name in ("before", "after"):
+        profile = NewProfile(name, name, tags={"of": name}, config={"of": name}, anchor_mode=AnchorMode.HASH_CHAIN)
+        await services.profiles.create(tenant_id, profile, OPERATOR)
+    terms, request = await template(services, tenant_id, profile_id="before", **said)
+    async with services.database.transaction() as connection:
+        held = await templates.lock(connection, tenant_id, terms.template_id)
+        claiming = asyncio.create_task(services.key_claim.claim(request, CONTACT))
+        await blocked(services, claiming)
+        await templates.update(connection, replace(held, profile_id=ProfileId("after")))
+
+    device = await services.devices.get(tenant_id, (await claiming).device_id)
+    assert (device.profile_id, device.tags, device.config) == ("after", {"of": "after"}, {"of": "after"})
+    assert device.anchor_mode is AnchorMode.HASH_CHAIN
 
 
 async def test_a_claim_under_way_counts_when_the_template_becomes_one_time(

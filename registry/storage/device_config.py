@@ -51,12 +51,16 @@ _FROM = "device d LEFT JOIN reported_config r ON r.tenant_id = d.tenant_id AND r
 async def get(
     connection: Connection, tenant_id: TenantId, device_id: DeviceId, *, lock: bool = False
 ) -> DeviceConfig | None:
-    """A device's configuration; with `lock`, the device's row is locked until the transaction ends."""
+    """A device's configuration; with `lock`, the device's row is locked until the transaction ends.
+
+    Two statements then: what the device has reported must be read after the wait, not before it.
+    """
+    if lock:
+        await connection.execute(
+            "SELECT FROM device WHERE tenant_id = $1 AND device_id = $2 FOR NO KEY UPDATE", tenant_id, device_id
+        )
     row = await connection.fetchrow(
-        f"""
-        SELECT {_COLUMNS} FROM {_FROM} WHERE d.tenant_id = $1 AND d.device_id = $2
-        {"FOR NO KEY UPDATE OF d" if lock else ""}
-        """,  # noqa: S608  # constants of this file
+        f"SELECT {_COLUMNS} FROM {_FROM} WHERE d.tenant_id = $1 AND d.device_id = $2",  # noqa: S608  # constants
         tenant_id,
         device_id,
     )

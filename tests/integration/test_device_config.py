@@ -16,6 +16,7 @@ from registry.device_config import (
     DeviceConfig,
     DeviceConfigs,
     OtherVersion,
+    ReportedConfig,
     encode_config,
     report_from,
 )
@@ -25,9 +26,10 @@ from registry.model import DeviceId, Json, TenantId, Transport
 from registry.payloads import Source, payload_from_json
 from registry.profiles import NewProfile
 from registry.sealing import KeyRing
+from registry.storage import device_config as storage
 from registry.storage.database import Database
 from tests.conftest import MakeDevice
-from tests.nodes import ACTOR, TestNode, running_node, until
+from tests.nodes import ACTOR, TestNode, now, running_node, until
 from tests.services import Clock, Services
 
 
@@ -74,6 +76,15 @@ async def configs(node: TestNode, clock: Clock) -> AsyncIterator[DeviceConfigs]:
 
 def of(tenant_id: TenantId, device_id: DeviceId) -> Source:
     return Source(tenant_id, device_id, Transport.MQTT)
+
+
+async def waiting(node: TestNode, how_many: int) -> None:
+    """Until so many wait for a lock in the database."""
+    async with node.database.connection() as connection, asyncio.timeout(10):
+        while how_many > await connection.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        ):
+            await asyncio.sleep(0.005)
 
 
 async def kinds(database: Database) -> list[str]:
@@ -190,6 +201,30 @@ async def test_a_report_is_the_devices_last_word(
         assert told.reported is not None
         assert (told.reported.version, told.reported.config) == (version, config)
     assert (await kinds(node.database)).count("config.reported") == 3
+
+
+async def test_reports_that_come_at_once_are_told_of_once_and_the_last_one_stays(
+    node: TestNode, configs: DeviceConfigs, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    await configs.put(tenant_id, device_id, {"a": 1}, ACTOR)
+    source, first = of(tenant_id, device_id), ConfigReport(1)
+    await configs.report(source, first, "c")
+    async with node.database.transaction() as connection:
+        await storage.get(connection, tenant_id, device_id, lock=True)
+        repeated = [asyncio.create_task(configs.report(source, ConfigReport(2), "c")) for _ in range(2)]
+        await waiting(node, 2)
+    await asyncio.gather(*repeated)
+    assert (await kinds(node.database)).count("config.reported") == 2
+    async with node.database.transaction() as connection:
+        await storage.get(connection, tenant_id, device_id, lock=True)
+        reset = asyncio.create_task(configs.report(source, ConfigReport(2), "c"))
+        await waiting(node, 1)
+        # What it would repeat is not its last word any more.
+        await storage.report(connection, tenant_id, device_id, ReportedConfig(1, None, now()))
+    assert (await reset).reported is not None
+    reported = (await configs.get(tenant_id, device_id)).reported
+    assert reported is not None
+    assert reported.version == 2
 
 
 async def test_reports_are_read() -> None:

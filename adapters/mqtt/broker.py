@@ -429,7 +429,7 @@ class Broker:
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         tenant = self._tenants.get(tenant_id)
         for role in () if tenant is None else tenant.roles():
-            if role.profile_id == profile_id:
+            if role.may_have_profile(profile_id):
                 role.peer.start(self._judge_live(role))
         self._spawn(partial(self._judge_profile, tenant_id, profile_id))
 

@@ -48,7 +48,7 @@ from adapters.mqtt.subscribing import Subscribing
 from adapters.mqtt.wire_reasons import ReasonCode
 from registry.errors import Unavailable
 from registry.messaging_values import Ownership, SessionLost, StoredSession
-from registry.model import DeviceId, TenantId
+from registry.model import DeviceId, ProfileId, TenantId
 from registry.sessions import Session as RegistrySession
 from registry.topic_grants import DeviceGrants
 
@@ -69,6 +69,7 @@ class DeviceRole:
 
     __slots__ = (
         "_asked",
+        "_asking",
         "_left",
         "_moved",
         "_pending",
@@ -122,6 +123,7 @@ class DeviceRole:
         self._pending: set[asyncio.Future[None]] = set()
         self._moved: asyncio.Event | None = None  # made by who waits for it: few do
         self._asked = 0
+        self._asking = 0
         self._left = False  # the connection ended before anybody closed the session: what it has said still counts
 
     @property
@@ -153,6 +155,10 @@ class DeviceRole:
         self.mqtt.expiry = resumed.expiry  # so that it is let go, and not ended, if it cannot be restored
         self.mqtt = Session.restore(snapshot_of(resumed), limits)
 
+    def may_have_profile(self, profile_id: ProfileId) -> bool:
+        """Whether this is its profile, or may be: while it is asked which one that is, any is."""
+        return self.profile_id == profile_id or self._asking > 0
+
     async def judge(self) -> None:
         """Take away subscriptions, and messages that wait, that the grants of now do not allow.
 
@@ -160,7 +166,11 @@ class DeviceRole:
         """
         self._asked += 1
         asked = self._asked
-        found = await self.broker.messaging.grants.of_device(self.tenant_id, self.own)
+        self._asking += 1
+        try:
+            found = await self.broker.messaging.grants.of_device(self.tenant_id, self.own)
+        finally:
+            self._asking -= 1
         if asked == self._asked:  # else somebody asked later, and judges by a fresher answer
             self.grants, self.profile_id = found.grants, found.profile_id
         if self.grants:

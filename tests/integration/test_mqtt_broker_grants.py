@@ -14,6 +14,7 @@ from adapters.mqtt.properties import Properties
 from adapters.mqtt.wire_packets import Publish, QoS, Suback, Subscribe, SubscriptionRequest, Will
 from adapters.mqtt.wire_reasons import ReasonCode, Version
 from registry.model import DeviceId, ProfileId, TenantId
+from registry.storage import topic_grants
 from registry.storage.database import Connection
 from tests.http_api import BASE, Api, api, running_api
 from tests.mqtt_devices import GRANTS, KEEP, devices, profile, regrant, silent
@@ -186,6 +187,40 @@ async def test_a_device_that_gets_another_profile_loses_what_that_does_not_grant
         async with mqtt.client() as back:
             assert (await back.connect(one, clean_start=False, properties=KEEP)).session_present
             await silent(back)
+
+
+async def test_a_change_of_the_profile_that_a_device_is_just_given_counts(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = (await devices(mqtt, 1))[0]
+    given = await profile(mqtt, GRANTS, "p_given")
+    messaging = mqtt.server.broker.messaging
+    read, changed = topic_grants.of_device, messaging._router.grants_changed
+    reading, go_on, told = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def read_before(*arguments: Any) -> Any:
+        found = await read(*arguments)
+        reading.set()
+        await go_on.wait()
+        return found
+
+    def tell(tenant_id: TenantId, profile_id: ProfileId) -> None:
+        changed(tenant_id, profile_id)
+        if profile_id == given:
+            told.set()
+
+    async with mqtt.client() as client:
+        await client.connect(one)
+        assert await client.publish("site/a", b"") is ReasonCode.SUCCESS
+        monkeypatch.setattr(topic_grants, "of_device", read_before)
+        monkeypatch.setattr(messaging._router, "grants_changed", tell)
+        await move(mqtt, one, given)
+        await reading.wait()
+        await regrant(mqtt, [], given)
+        await told.wait()
+        go_on.set()
+        await until(partial(_granted_nothing, mqtt, one, "one"))
+        assert await client.publish("site/a", b"") is ReasonCode.NOT_AUTHORIZED
 
 
 async def test_a_grant_that_goes_while_a_subscription_is_written_takes_it_along(mqtt: Running) -> None:

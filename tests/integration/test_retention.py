@@ -188,6 +188,22 @@ async def test_a_day_that_was_detached_and_not_dropped_is_found_again(
     assert report.dropped == [f"reading_{old:%Y%m%d}", f"uplink_{old:%Y%m%d}"]
 
 
+async def test_a_day_that_somebodys_view_is_of_keeps_no_other_one(
+    database: Database, today: date, now: datetime
+) -> None:
+    days = [today - timedelta(days=n) for n in (101, 100)]
+    await make(database, *days)
+    async with database.connection() as connection:
+        await connection.execute(f"CREATE VIEW the_night_it_broke AS SELECT payload FROM uplink_{days[0]:%Y%m%d}")
+    retention = Retention(database, RetentionSettings())
+    report = await retention.run_once(now)
+    assert report.locked == [f"uplink_{days[0]:%Y%m%d}"]
+    assert len(report.dropped) == 3
+    async with database.connection() as connection:
+        await connection.execute("DROP VIEW the_night_it_broke")
+    assert (await retention.run_once(now)).dropped == report.locked
+
+
 async def test_while_another_node_drops_this_one_passes(database: Database, today: date, now: datetime) -> None:
     old = today - timedelta(days=100)
     await make(database, old)

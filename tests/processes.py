@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
+import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping
@@ -20,6 +22,8 @@ from typing import Any
 
 START_SECONDS = 60.0
 PROGRAM = (sys.executable, "-m", "edge")
+LISTENERS = ("https", "mqtt", "coap", "ops")
+_GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 @dataclass
@@ -32,7 +36,7 @@ class ServerProcess:
     _process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start and wait for the ready line. Ports are chosen at the first start and kept."""
+        """Start and wait for the ready line. Without `ports` they are chosen at the first start and kept."""
         log = (self.data_dir.parent / f"{self.data_dir.name}.log").open("ab")
         try:
             self._process = await asyncio.create_subprocess_exec(
@@ -80,6 +84,19 @@ class ServerProcess:
         """The process id of the embedded PostgreSQL's first process."""
         return int((self.data_dir / "postgres" / "postmaster.pid").read_text().splitlines()[0])
 
+    async def kill_postgres(self) -> None:
+        """kill -9 of that process; returns when another one is named as its successor."""
+        killed = self.postmaster_pid()
+        os.kill(killed, signal.SIGKILL)
+        async with asyncio.timeout(START_SECONDS):
+            while True:
+                try:
+                    if self.postmaster_pid() != killed:
+                        return
+                except (FileNotFoundError, IndexError, ValueError):
+                    pass  # between the two, or half written
+                await asyncio.sleep(0.01)
+
     @property
     def ca_chain(self) -> Path:
         """What a client must trust."""
@@ -114,16 +131,39 @@ class ServerProcess:
         return out.decode()
 
     def _environment(self) -> dict[str, str]:
-        ports = self.ports or {"https": 0, "mqtt": 0, "coap": 0, "ops": 0}
+        ports = self.ports or dict.fromkeys(LISTENERS, 0)
         chosen = {f"GATEHOUSE_{name.upper()}__PORT": str(port) for name, port in ports.items()}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("GATEHOUSE_")}
         return {**inherited, **chosen, **self.environ}
 
 
+def lasting_ports() -> dict[str, int]:
+    """Ports for a server that is started on them again: while it is down nobody else is given one.
+
+    What the kernel gives out by itself, also to tests that other workers run, comes from a range of its own. These are
+    below it, and random, as others may choose there too.
+    """
+    end = int(_GIVEN_OUT.read_text().split()[0]) if _GIVEN_OUT.exists() else 32_768
+    free = (port for port in random.sample(range(10_000, max(end, 20_000)), 500) if _is_free(port))
+    return {name: next(free) for name in LISTENERS}
+
+
+def _is_free(port: int) -> bool:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+    return True
+
+
 @asynccontextmanager
-async def server_process(data_dir: Path, environ: Mapping[str, str] | None = None) -> AsyncIterator[ServerProcess]:
+async def server_process(
+    data_dir: Path, environ: Mapping[str, str] | None = None, ports: Mapping[str, int] | None = None
+) -> AsyncIterator[ServerProcess]:
     """A started server, gone at the end."""
-    server = ServerProcess(data_dir, environ or {})
+    server = ServerProcess(data_dir, environ or {}, dict(ports or {}))
     try:
         await server.start()
         yield server

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import ssl
 from collections import Counter
 from pathlib import Path
@@ -19,7 +17,7 @@ import asyncpg
 import pytest
 
 from edge.postgres import attach_or_start
-from tests.processes import Api, ServerProcess, server_process
+from tests.processes import Api, ServerProcess, lasting_ports, server_process
 
 SERVER_KILLS = 12
 POSTGRES_KILLS = 10
@@ -70,7 +68,7 @@ class Sender:
 
 @pytest.mark.timeout(400)
 async def test_every_acknowledged_uplink_survives_kills_of_the_server_and_of_postgresql(tmp_path: Path) -> None:
-    async with server_process(tmp_path / "D") as server:
+    async with server_process(tmp_path / "D", ports=lasting_ports()) as server:
         senders = await _senders(server)
         running = [asyncio.create_task(s.run()) for s in senders]
         try:
@@ -80,8 +78,7 @@ async def test_every_acknowledged_uplink_survives_kills_of_the_server_and_of_pos
                 await server.start()
             for _ in range(POSTGRES_KILLS):
                 await _progress(senders)
-                os.kill(server.postmaster_pid(), signal.SIGKILL)
-                await asyncio.sleep(0.05)  # the dying postmaster's file may not be taken for the next one's
+                await server.kill_postgres()
             await _progress(senders)
         finally:
             for task in running:

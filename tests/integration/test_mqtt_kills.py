@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ from adapters.mqtt.wire_packets import QoS
 from adapters.mqtt.wire_reasons import Version
 from edge.postgres import attach_or_start
 from tests.mqtt_load import Account, Persistent, Publisher, Receiver, of_qos
-from tests.processes import ServerProcess, server_process
+from tests.processes import ServerProcess, lasting_ports, server_process
 from tests.whole_system import Tenant, new_tenant
 
 KILLS = int(os.environ.get("MQTT_KILLS", "2"))
@@ -42,7 +41,7 @@ GRANTS = [{"filter": "load/#", "allow": ["publish", "subscribe"]}]
 @pytest.mark.timeout(1200)
 async def test_nothing_acknowledged_is_lost_and_no_qos_2_doubled_over_kills(tmp_path: Path) -> None:
     began = time.monotonic()
-    async with server_process(tmp_path / "D") as server:
+    async with server_process(tmp_path / "D", ports=lasting_ports()) as server:
         publishers, receivers = await _clients(server)
         running = [asyncio.create_task(r.run()) for r in receivers]
         await asyncio.gather(*(asyncio.wait_for(r.subscribed.wait(), PROGRESS_SECONDS) for r in receivers))
@@ -54,8 +53,7 @@ async def test_nothing_acknowledged_is_lost_and_no_qos_2_doubled_over_kills(tmp_
                 await server.start()
             for _ in range(POSTGRES_KILLS):
                 await _progress(publishers)
-                os.kill(server.postmaster_pid(), signal.SIGKILL)
-                await asyncio.sleep(0.05)  # the dying postmaster's file may not be taken for the next one's
+                await server.kill_postgres()
             await _progress(publishers)
             await _finish(publishers)
             await _all_received(publishers, receivers)

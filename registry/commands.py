@@ -350,6 +350,10 @@ class Commands:
         except Unavailable:
             return  # delivered once more on the next connection
 
+    def passed_over(self, attachment: CommandAttachment, command_id: CommandId) -> None:
+        """This listener cannot send the command to its peer: it stays queued, and those behind it go on."""
+        self._confirm(attachment, command_id)
+
     # -- the node --------------------------------------------------------------------------------------------------
 
     @property

@@ -276,7 +276,7 @@ class DeviceRole:
                 self.finished(key)
             case Discarded(_, delivery, _):
                 self.server.counters.discarded += 1
-                self.finished(delivery.key)
+                self.finished(delivery.key, arrived=False)
             case ReceiptRecorded(packet_id, key):
                 self._received(packet_id, key)
             case ReleaseReceived(packet_id):
@@ -290,12 +290,12 @@ class DeviceRole:
 
     # How far deliveries have come -----------------------------------------------------------------------------------
 
-    def finished(self, key: int) -> None:
+    def finished(self, key: int, *, arrived: bool = True) -> None:
         """A delivery is done, or was discarded. Keys below 0 are downlinks', above 0 rows of the stored queue."""
         if self._moved is not None:
             self._moved.set()
         if key < 0:
-            self.downlinks.acknowledged(key)
+            self.downlinks.finished(key, arrived=arrived)
         elif key > 0 and self.ownership is not None:
             self._follow(self.broker.messaging.delivered(self.ownership, key), None)
         self.downlinks.room()

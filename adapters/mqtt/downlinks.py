@@ -7,7 +7,7 @@ Nothing of this is kept in the MQTT session: the core keeps commands until they 
 ever, and attaching brings what is unfinished (retained meaning, as CONTRACT §3 says; hence once for each SUBSCRIBE of a
 configuration). So a command is delivered at least once, in order, and known by its `command_id`; QoS 1 at most. Where
 the connection has no room now, it is tried again: commands from the first that was not sent, the newest configuration
-only.
+only. A command above the client's Maximum Packet Size is passed over: it stays queued, for a connection that takes it.
 
 A message's topic is spelled as the filter that asked for it: `devices/me/…` for who subscribed so, because clients
 hand messages out by matching their own filters.
@@ -68,9 +68,9 @@ class Downlinks:
             line.detach()
         self._lines.clear()
 
-    def acknowledged(self, key: int) -> bool:
-        """A delivery of this key is done; whether it was one of ours."""
-        return any(line.acknowledged(key) for line in self._lines.values())
+    def finished(self, key: int, *, arrived: bool) -> bool:
+        """A delivery of this key is done, or was given up; whether it was one of ours."""
+        return any(line.finished(key, arrived=arrived) for line in self._lines.values())
 
     def room(self) -> None:
         """There may be room now for what could not be sent."""
@@ -138,12 +138,13 @@ class _Line:
         self._forget_unsent()
         self._forget_retry()
 
-    def acknowledged(self, key: int) -> bool:
+    def finished(self, key: int, *, arrived: bool) -> bool:
         command_id = self._in_flight.pop(key, None)
         if command_id is None:
             return False
         if self._commands is not None:
-            self._role.registry.commands.delivered(self._commands, command_id)
+            commands = self._role.registry.commands
+            (commands.delivered if arrived else commands.passed_over)(self._commands, command_id)
         return True
 
     # What the core calls (registry.commands.CommandListener, registry.device_config.ConfigListener) -------------------
@@ -159,7 +160,7 @@ class _Line:
         self._given = command.seq
         self._in_flight[key] = command.command_id
         if taken in (0, Untaken.TOO_LARGE):  # QoS 0: it has left, or never will, and nobody will say that it arrived
-            self.acknowledged(key)
+            self.finished(key, arrived=taken == 0)
 
     def configure(self, config: DeviceConfig) -> None:
         self._forget_unsent()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -9,8 +10,9 @@ import pytest
 
 from adapters.mqtt import downlinks
 from adapters.mqtt.machine_limits import MqttLimits
+from adapters.mqtt.properties import Properties
 from adapters.mqtt.server_limits import ServerLimits
-from adapters.mqtt.wire_packets import Ack, Publish, Unsuback, Unsubscribe
+from adapters.mqtt.wire_packets import Ack, Publish, QoS, Unsuback, Unsubscribe
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode
 from tests.http_api import BASE, Api, api
 from tests.mqtt_devices import devices, silent
@@ -107,6 +109,42 @@ async def test_commands_that_found_no_room_come_in_order_though_others_are_still
             if len(got) < len(methods):
                 got.append(await receiver.expect(Publish))
         assert [msgspec.json.decode(each.payload)["method"] for each in got] == methods
+
+
+@pytest.mark.parametrize("qos", [QoS.AT_MOST_ONCE, QoS.AT_LEAST_ONCE])
+async def test_a_command_larger_than_the_client_takes_stays_queued_and_holds_up_no_other(
+    mqtt: Running, qos: QoS
+) -> None:
+    (one,) = await devices(mqtt, 1)
+    path = f"{BASE}/devices/{one.device_id}/commands"
+    sizes = {"small": 1, "large": 2000, "last": 1}
+    ids = {}
+    async with mqtt.api.operator() as operator, mqtt.client() as narrow, mqtt.client() as wide:
+        for method, size in sizes.items():
+            asked = await operator.post(path, json={"method": method, "params": {"x": "x" * size}})
+            ids[method] = asked.json()["command_id"]
+
+        async def statuses() -> dict[str, str]:
+            return {method: (await operator.get(f"{path}/{ids[method]}")).json()["status"] for method in ids}
+
+        async def become(**expected: str) -> None:
+            async with asyncio.timeout(20):
+                while await statuses() != expected:
+                    await asyncio.sleep(0.02)
+
+        await narrow.connect(one, properties=Properties(maximum_packet_size=1000))
+        await narrow.subscribe("devices/me/commands", qos=qos)
+        for method in ("small", "last"):
+            down = await narrow.message()
+            assert msgspec.json.decode(down.payload)["method"] == method
+        await become(small="delivered", large="queued", last="delivered")
+        await silent(narrow)
+        await narrow.goodbye()
+        await wide.connect(one)
+        await wide.subscribe("devices/me/commands", qos=qos)
+        got = {msgspec.json.decode((await wide.message()).payload)["method"] for _ in ids}
+        assert got == set(ids), "unanswered ones come again, with the one that fits now"
+        await become(**dict.fromkeys(ids, "delivered"))
 
 
 def _role(mqtt: Running, device_id: str):  # type: ignore[no-untyped-def]

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -115,9 +116,11 @@ class Run:
         self.stopped = True
         if number == signal.SIGINT or self._child is None or self._child.poll() is not None:
             return
-        child = psutil.Process(self._child.pid)
-        for process in (child, *child.children()):
-            process.send_signal(signal.SIGINT)
+        with suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            child = psutil.Process(self._child.pid)
+            for process in (child, *child.children()):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGINT)
 
     def _sweep(self) -> list[str]:
         """Kill what carries our mark and does not end by itself; the command lines."""

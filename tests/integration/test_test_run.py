@@ -102,6 +102,15 @@ def test_what_a_test_leaves_running_is_killed_and_is_a_failure(
     assert all(gone(pid) for pid in left)
 
 
+def test_a_signal_in_the_moment_in_which_pytest_ends_harms_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    run._child = subprocess.Popen([sys.executable, "-c", ""])
+    run._child.wait()
+    monkeypatch.setattr(run._child, "poll", lambda: None)  # as it was just before
+    run.interrupt(signal.SIGTERM, None)
+    assert run.status == 128 + signal.SIGINT
+
+
 INTERRUPTED = """
 import subprocess, sys
 def test_that_waits(tmp_path):

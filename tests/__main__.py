@@ -102,6 +102,8 @@ class Run:
         began = time.monotonic()
         command = [sys.executable, "-m", "pytest", *part.arguments]
         self._child = subprocess.Popen(command, env={**os.environ, MARK: self._mark})
+        if self.stopped:  # meanwhile
+            self.interrupt(signal.SIGTERM, None)
         status = self._child.wait()
         self.stopped = self.stopped or status == INTERRUPTED
         left = self._sweep()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -108,6 +109,20 @@ def test_a_signal_in_the_moment_in_which_pytest_ends_harms_nothing(monkeypatch: 
     run._child.wait()
     monkeypatch.setattr(run._child, "poll", lambda: None)  # as it was just before
     run.interrupt(signal.SIGTERM, None)
+    assert run.status == 128 + signal.SIGINT
+
+
+def test_a_signal_while_pytest_is_being_started_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_one.py").write_text("import time\ndef test_that_waits():\n    time.sleep(300)\n")
+    run, popen = Run(), subprocess.Popen
+
+    def interrupted(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        child = popen(*arguments, **more)
+        run.interrupt(signal.SIGTERM, None)
+        return child
+
+    monkeypatch.setattr("tests.__main__.subprocess.Popen", interrupted)
+    run.part(Part("one", (str(tmp_path), "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path))))
     assert run.status == 128 + signal.SIGINT
 
 

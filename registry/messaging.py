@@ -336,6 +336,10 @@ class Messaging:
         """
         return self._publishing.publish(publication)
 
+    async def published(self) -> None:
+        """Return when everything that was given to `publish` before is stored or refused."""
+        await self._publishing.published()
+
     def enqueue(self, publication: Publication, routing: Routing) -> asyncio.Future[Published]:
         """Store a message for exactly these recipients, as a retained message for a new subscription; retains nothing.
 

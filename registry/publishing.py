@@ -157,6 +157,7 @@ class Publishing:
         self._behind: set[StoredSessionId] = set()
         self._overdue = overdue
         self._full = FullQueues(limits.full_queue_seconds)
+        self._last: asyncio.Future[Published] | None = None
         self.tenant_queues: dict[TenantId, tuple[int, int]] = {}
         """Messages and bytes in the queues of each tenant, some seconds old, with what this node has added since."""
         self.overflowed = 0
@@ -192,7 +193,13 @@ class Publishing:
         """See `Messaging.publish` and `Messaging.enqueue`. Raises Unavailable at once if the queue is full."""
         item = _Item(publication, routing, asyncio.get_running_loop().create_future())
         self._batcher.submit(item).add_done_callback(partial(_answer_late, item.answer))
+        self._last = item.answer
         return item.answer
+
+    async def published(self) -> None:
+        """See `Messaging.published`. They are answered in the order in which they came."""
+        if self._last is not None and not self._last.done():
+            await asyncio.wait((self._last,))
 
     async def _process(self, items: Sequence[_Item]) -> list[Outcome]:
         outcomes: list[Outcome] = []

@@ -112,6 +112,7 @@ class _Local:
 
 
 _Route = SessionRoute | NodeRoute | _Local
+_Judging = asyncio.Task[None]
 _Key = Any  # a StoredSessionId, a NodeRoute, or a DeviceRole: whoever may have one entry under one filter
 
 
@@ -428,16 +429,15 @@ class Broker:
 
     def grants_changed(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
         tenant = self._tenants.get(tenant_id)
-        for role in () if tenant is None else tenant.roles():
-            if role.may_have_profile(profile_id):
-                role.peer.start(self._judge_live(role))
-        self._spawn(partial(self._judge_profile, tenant_id, profile_id))
+        roles = () if tenant is None else tenant.roles()
+        live = [role.peer.start(self._judge_live(role)) for role in roles if role.may_have_profile(profile_id)]
+        self._spawn(partial(self._judge_profile, tenant_id, profile_id, live))
 
     def device_changed(self, tenant_id: TenantId, device_id: DeviceId) -> None:
         tenant = self._tenants.get(tenant_id)
-        for role in () if tenant is None else tuple(tenant.members.get(device_id, ())):
-            role.peer.start(self._judge_live(role))
-        self._spawn(partial(self._judge_device, tenant_id, device_id))
+        roles = () if tenant is None else tuple(tenant.members.get(device_id, ()))
+        live = [role.peer.start(self._judge_live(role)) for role in roles]
+        self._spawn(partial(self._judge_device, tenant_id, device_id, live))
 
     # Planning -------------------------------------------------------------------------------------------------------
 
@@ -563,17 +563,25 @@ class Broker:
         except RegistryError:  # nobody stays by grants of yesterday; it is judged when it is back
             role.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
 
-    async def _judge_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> None:
+    async def _judge_profile(self, tenant_id: TenantId, profile_id: ProfileId, live: Sequence[_Judging]) -> None:
+        await self._said_before(live)
         messaging = self.messaging
         grants = await messaging.grants.grants_of(tenant_id, profile_id)
         await self._judge_offline(grants, await messaging.offline_of_profile(tenant_id, profile_id))
         await self._judge_retained(tenant_id, grants, await messaging.retained_of_profile(tenant_id, profile_id))
 
-    async def _judge_device(self, tenant_id: TenantId, device_id: DeviceId) -> None:
+    async def _judge_device(self, tenant_id: TenantId, device_id: DeviceId, live: Sequence[_Judging]) -> None:
+        await self._said_before(live)
         messaging = self.messaging
         grants = (await messaging.grants.of_device(tenant_id, device_id)).grants
         await self._judge_offline(grants, await messaging.offline_of_device(tenant_id, device_id))
         await self._judge_retained(tenant_id, grants, await messaging.retained_of_device(tenant_id, device_id))
+
+    async def _said_before(self, judging: Sequence[_Judging]) -> None:
+        """Wait until what was published by the grants of before is stored: it may be retained."""
+        if judging:
+            await asyncio.wait(judging)
+        await self.messaging.published()
 
     async def _judge_offline(self, grants: Sequence[TopicGrant], routes: Sequence[SessionRoute]) -> None:
         offline: dict[tuple[StoredSessionId, DeviceId], list[str]] = {}

@@ -326,9 +326,11 @@ class Peer(asyncio.Protocol):
 
     # Tasks ----------------------------------------------------------------------------------------------------------
 
-    def start(self, work: Coroutine[object, object, None]) -> None:
+    def start(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         """Run a task for this connection, then pump; its failure ends the connection."""
-        self.server.track(self.server.loop.create_task(self._guarded(work), name="mqtt connection"))
+        task = self.server.loop.create_task(self._guarded(work), name="mqtt connection")
+        self.server.track(task)
+        return task
 
     async def _guarded(self, work: Coroutine[object, object, None]) -> None:
         try:

@@ -14,6 +14,7 @@ from adapters.mqtt.properties import Properties
 from adapters.mqtt.wire_packets import Publish, QoS, Suback, Subscribe, SubscriptionRequest, Will
 from adapters.mqtt.wire_reasons import ReasonCode, Version
 from registry.model import DeviceId, ProfileId, TenantId
+from registry.storage import messaging as stored
 from registry.storage import topic_grants
 from registry.storage.database import Connection
 from tests.http_api import BASE, Api, api, running_api
@@ -187,6 +188,40 @@ async def test_a_device_that_gets_another_profile_loses_what_that_does_not_grant
         async with mqtt.client() as back:
             assert (await back.connect(one, clean_start=False, properties=KEEP)).session_present
             await silent(back)
+
+
+@pytest.mark.parametrize("how", ["regranted", "moved"])
+async def test_what_is_being_stored_when_its_grant_goes_is_not_retained(
+    mqtt: Running, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = (await devices(mqtt, 1))[0]
+    bare = await profile(mqtt, [], "p_bare")
+    messaging = mqtt.server.broker.messaging
+    hold, settle = stored.lock_retention, messaging.published
+    storing, judging, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def held_late(*arguments: Any) -> Any:
+        storing.set()
+        await go_on.wait()
+        return await hold(*arguments)
+
+    async def settled() -> None:
+        judging.set()
+        await settle()
+
+    monkeypatch.setattr(stored, "lock_retention", held_late)
+    monkeypatch.setattr(messaging, "published", settled)
+    async with mqtt.client() as client:
+        await client.connect(one)
+        publishing = asyncio.create_task(client.publish("site/a", b"x", retain=True))
+        await storing.wait()
+        await (regrant(mqtt, []) if how == "regranted" else move(mqtt, one, bare))
+        await judging.wait()
+        go_on.set()
+        assert await publishing is ReasonCode.SUCCESS
+        async with asyncio.timeout(10):
+            while await messaging.retained_topics(mqtt.api.tenant_id, ""):
+                await asyncio.sleep(0.02)
 
 
 async def test_a_change_of_the_profile_that_a_device_is_just_given_counts(

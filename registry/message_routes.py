@@ -151,8 +151,11 @@ class MessageRoutes:
         """Nobody of this tenant is here any more; the router drops its table by itself."""
         self._followed.pop(tenant_id, None)
 
-    async def refresh(self, connection: Connection, tenants: Collection[TenantId]) -> None:
-        """Give the router what is new of these tenants, or all of one that is not followed yet."""
+    async def refresh(
+        self, connection: Connection, tenants: Collection[TenantId], *, followed_only: bool = False
+    ) -> None:
+        """Give the router what is new of these tenants, or all of one that is not followed yet; `followed_only`: of
+        those that are not forgotten meanwhile."""
         waiting = set(tenants)
         while waiting:
             now = asyncio.get_running_loop().time()
@@ -160,6 +163,8 @@ class MessageRoutes:
             read = {each.tenant_id: each for each in await storage.read(connection, after, self._node_id)}
             waiting.clear()
             for tenant_id, version in after.items():
+                if followed_only and tenant_id not in self._followed:
+                    continue
                 if (version is None) != (self._reached(tenant_id, now) is None):
                     waiting.add(tenant_id)  # loaded by somebody else meanwhile, or forgotten: what was read is a part
                     continue
@@ -193,7 +198,7 @@ class MessageRoutes:
                 await asyncio.sleep(pause)
         try:
             async with self._database.connection() as connection:
-                await self.refresh(connection, [t for t in tenants if t in self._followed])
+                await self.refresh(connection, [t for t in tenants if t in self._followed], followed_only=True)
         except Unavailable:
             pass  # every publication refreshes before it routes
         if tenants:

@@ -503,7 +503,7 @@ class Messaging:
             try:
                 await self._inbox.pull()
                 async with self._database.connection() as connection:
-                    await self._routes.refresh(connection, self._routes.followed())
+                    await self._routes.refresh(connection, self._routes.followed(), followed_only=True)
             except Unavailable:
                 await asyncio.sleep(0.2)
             await self._inbox.wait()

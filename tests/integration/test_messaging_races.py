@@ -224,3 +224,27 @@ async def test_a_node_that_is_heard_of_while_a_beat_looks_for_others_is_not_forg
     monkeypatch.setattr(subject.storage, "has_others", look)
     await broker.messaging._beat()
     assert broker.messaging.alone
+
+
+async def test_a_tenant_that_is_forgotten_while_its_routes_are_read_stays_forgotten(
+    broker: Broker, tenant_id: TenantId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await broker.messaging.follow_tenant(tenant_id)
+    read = messaging_routes.read
+
+    async def read_before(*arguments: Any) -> Any:
+        found = await read(*arguments)
+        broker.messaging.forget_tenant(tenant_id)
+        broker.tables.clear()
+        return found
+
+    monkeypatch.setattr(messaging_routes, "read", read_before)
+    following = asyncio.create_task(broker.messaging._follow())
+    async with asyncio.timeout(10):
+        while broker.messaging._inbox._poll_at == 0.0:  # it waits behind its first turn
+            await asyncio.sleep(0)
+    following.cancel()
+    assert broker.tables == {}
+    monkeypatch.setattr(messaging_routes, "read", read)
+    await broker.messaging.follow_tenant(tenant_id)
+    assert list(broker.tables) == [tenant_id]

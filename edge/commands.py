@@ -295,15 +295,15 @@ async def revoke_device(
     actor = cli_actor()
     async with _core(config) as core:
         device = await _find_device(core.registry, device_id, tenant)
-        if credential_id is not None:
-            chosen = [credential_id]
-        else:
-            now = core.registry.clock()
-            every = [each async for each in _credentials(core.registry, device)]
-            chosen = [each.credential_id for each in every if _state(each, now) not in ("revoked", "expired")]
-        receipts = [
-            await core.registry.credentials.revoke(device.tenant_id, device.device_id, each, actor) for each in chosen
-        ]
+        chosen = [credential_id] if credential_id is not None else await _living(core.registry, device)
+        receipts: list[Receipt] = []
+        while chosen:
+            receipts += [
+                await core.registry.credentials.revoke(device.tenant_id, device.device_id, each, actor)
+                for each in chosen
+            ]
+            # The device may have renewed one of them before its turn came.
+            chosen = [] if credential_id is not None else await _living(core.registry, device)
     if as_json:
         show_json(receipt_document(device.device_id, receipts))
         return
@@ -493,6 +493,12 @@ async def _credentials(registry: Registry, device: Device) -> AsyncIterator[Cred
         cursor = listing.next_cursor
         if cursor is None:
             return
+
+
+async def _living(registry: Registry, device: Device) -> list[CredentialId]:
+    now = registry.clock()
+    every = [each async for each in _credentials(registry, device)]
+    return [each.credential_id for each in every if _state(each, now) not in ("revoked", "expired")]
 
 
 async def _find_device(registry: Registry, device_id: DeviceId, tenant: str | None) -> Device:

@@ -15,7 +15,8 @@ from uuid import uuid4
 import pytest
 
 from edge.cli import run
-from registry.model import DeviceId, TenantId
+from registry.credentials import Credentials
+from registry.model import Actor, DeviceId, TenantId
 from registry.operators import IssuerPublicKey, OperatorVerifier
 from registry.storage.database import Database
 from tests.conftest import MakeDevice
@@ -169,6 +170,25 @@ async def test_revoking_a_device_ends_its_living_credentials_once(gatehouse: Gat
     async with database.connection() as connection:
         actors = await connection.fetch("SELECT actor FROM event WHERE kind = 'credential.revoked'")
     assert [row["actor"].split(":")[:2] for row in actors] == [["operator", "cli"]]
+
+
+async def test_revoking_a_device_ends_what_it_gets_meanwhile(
+    gatehouse: Gatehouse, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that renews itself just then would be let in again with what the command has not seen."""
+    device_id, credential_id = await _registered(gatehouse, database)
+    revoke, renewed = Credentials.revoke, []
+
+    async def renews(self: Credentials, tenant_id: TenantId, device: DeviceId, *rest: Any) -> Any:
+        if not renewed:
+            renewed.append(await self.issue_api_key(tenant_id, device, "", None, Actor("device:x", "c")))
+        return await revoke(self, tenant_id, device, *rest)
+
+    monkeypatch.setattr(Credentials, "revoke", renews)
+    receipt = await gatehouse("device", "revoke", device_id, "--json")
+    assert receipt.json["credential_ids"] == [credential_id, str(renewed[0].credential_id)]
+    shown = (await gatehouse("device", "show", device_id, "--json")).json
+    assert all(each["revoked_at"] for each in shown["credentials"])
 
 
 @pytest.mark.parametrize("words", [("device", "show"), ("device", "revoke")])

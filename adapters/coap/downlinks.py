@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 
 from aiocoap.numbers.codes import Code
+from msgspec.structs import replace
 
 from adapters.coap.formats import content
 from adapters.coap.ports import Observation, Response
@@ -84,12 +85,16 @@ class CommandObserver:
         self._waiting: deque[Command] = deque()
         self._on_its_way: Command | None = None
 
-    def start(self, first: Command | None) -> None:
-        """Take the observation; `first` is what the registration is answered with."""
+    def start(self, first: Command | None, *, behind: int) -> Response:
+        """Take the observation; the registration's answer. `first` is the first command whose `seq` is beyond `behind`.
+
+        A command is answered separately: were the answer lost, the next command would be taken for it.
+        """
         session = self._session
-        behind = 0 if first is None else first.seq
+        behind = behind if first is None else first.seq
         self._attachment = self._commands.attach(session.tenant_id, session.device_id, self, behind=behind)
         self._observation.accept(self._cancelled)
+        return replace(command_response(first, self._format), separate=first is not None)
 
     def deliver(self, command: Command) -> None:
         self._waiting.append(command)

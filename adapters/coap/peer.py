@@ -7,6 +7,7 @@ A request lives as an exchange from its datagram to its response:
     CON ──► SERVING ──respond()──► ACK with the response ("piggybacked", RFC 7252 §5.2.1)
                └─ack_delay─► ACKNOWLEDGED ──respond()──► a CON of ours, repeated until it is acknowledged (§5.2.2)
     NON ──► SERVING ──respond()──► a NON of ours (§5.2.3)
+    either ──► SERVING ──respond(separate)──► a CON of ours, behind an empty ACK for a CON
 
     receive: decode ─► known message id? the same answer again (duplicates.py)
                     ─► options (options.py) ─► Block2 of an answer that is kept? the block
@@ -253,6 +254,10 @@ class PeerMachine:
             tag = entity_tag(response.payload)
             if tag in exchange.options.etags:  # one that we gave, since the resource has none of its own
                 response = Response(Code.VALID, max_age=response.max_age, etag=tag)
+        if response.separate:
+            if exchange.confirmable and not exchange.acknowledged:
+                self._acknowledge(exchange)
+            exchange.confirmable = exchange.acknowledged = True
         self._finish_cut(exchange, response, options, now)
         del self._exchanges[number]
         self._unacknowledged.pop(number, None)

@@ -44,6 +44,9 @@ class Response(msgspec.Struct, frozen=True, gc=False):
     location_query: tuple[str, ...] = ()
     size1: int | None = None
     """With 4.13: bytes of the largest body that this resource takes (RFC 7959 §2.9.3)."""
+    separate: bool = False
+    """As a confirmable message of its own (RFC 7252 §5.2.2), which is repeated until it has arrived. No notification of
+    the observation goes out before that: who got one first would take it for this answer."""
 
 
 class Observation(Protocol):

@@ -331,12 +331,16 @@ class Resources:
         except ValueError:
             raise InvalidArgument("after is no command_id", field="after") from None
         commands = self._registry.commands
+        seen = None
+        if behind is not None:
+            seen = await commands.get(session.tenant_id, session.device_id, behind)
         # A holder of its own for each request: it does not wait, so it holds up nobody.
         first = await commands.next(session.tenant_id, session.device_id, SessionId(uuid4()), after=behind)
         _still_open(session)
-        if asked.observation is not None:
-            CommandObserver(commands, session, asked.observation, content_format).start(first)
-        return command_response(first, content_format)
+        if asked.observation is None:
+            return command_response(first, content_format)
+        observer = CommandObserver(commands, session, asked.observation, content_format)
+        return observer.start(first, behind=0 if seen is None else seen.seq)
 
     # -- for everybody ---------------------------------------------------------------------------------------------
 

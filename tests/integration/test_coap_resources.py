@@ -325,6 +325,31 @@ async def test_a_command_that_nobody_acknowledged_is_not_delivered_and_comes_aga
         assert await _status(coap, device.device_id, command) == "delivered"
 
 
+async def test_the_first_command_is_repeated_and_the_second_waits_until_it_has_arrived(api: Api) -> None:  # noqa: F811
+    """In an ACK it could be lost, and the second, which has the same token, be taken for the registration's answer."""
+    async with serving_coap(api, coap_limits=CoapLimits(ack_timeout=0.3)) as coap:
+        device = await coap.device()
+        first, second = [await _queued(coap, device.device_id, f"m{n}") for n in range(2)]
+        async with coap.client(device) as client:
+            client.silent = True
+            assert (await client.observe("/commands")).value["command_id"] == first
+            await until(lambda: coap.server.coap_counters.retransmissions)
+            assert (await client.notified()).value["command_id"] == first, "again"
+            client.silent = False
+            while (latest := (await client.notified()).value["command_id"]) == first:
+                pass
+            assert latest == second
+
+
+async def test_an_observation_behind_a_command_begins_behind_it_though_there_is_none_yet(coap: Running) -> None:
+    device = await coap.device()
+    async with coap.client(device) as client:
+        unanswered = await _queued(coap, device.device_id, "slow")
+        assert (await client.observe("/commands", query=[f"after={unanswered}"])).payload == b""
+        late = await _queued(coap, device.device_id, "late")
+        assert (await client.notified()).value["command_id"] == late
+
+
 async def test_large_commands_come_one_after_the_other_and_each_whole(coap: Running) -> None:
     """The next one waits until the blocks of the one before are fetched: they have no other name than the path."""
     device = await coap.device()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aiocoap.numbers.codes import Code
+from aiocoap.numbers.types import Type
 
 from adapters.coap.exchanges import NotificationArrived, ObservationEnded
 from adapters.coap.limits import CoapLimits
@@ -282,6 +283,25 @@ def test_a_separate_answer_to_the_registration_is_repeated_and_a_state_waits_beh
     assert talk.said() == ["CON 2.05 #2 token=07 observe=2 'second'"]
     talk.acknowledges(2)
     assert talk.event() == NotificationArrived(talk.offered, "second")
+
+
+@pytest.mark.parametrize("kind", [CON, NON])
+def test_an_answer_that_is_to_be_separate_is_repeated_before_any_notification(kind: Type) -> None:
+    talk = Dialogue()
+    talk.sends(kind, Code.GET, 1, b"\7", path="obs", observe=0)
+    talk.asked()
+    assert talk.offered is not None
+    talk.machine.accept(talk.offered)
+    talk.notifies(talk.offered, Code.CONTENT, b"second", receipt="second")
+    talk.answers(Code.CONTENT, b"first", separate=True)
+    answer = "CON 2.05 #1 token=07 observe=1 'first'"
+    assert talk.said() == (["ACK empty 1"] if kind is CON else []) + [answer]
+    talk.sends(kind, Code.GET, 1, b"\7", path="obs", observe=0)
+    assert talk.said() == (["ACK empty 1"] if kind is CON else [])
+    talk.passes(3)
+    assert talk.said() == [answer]
+    talk.acknowledges(1)
+    assert talk.said() == ["CON 2.05 #2 token=07 observe=2 'second'"]
 
 
 def test_too_many_observations_are_answered_plainly() -> None:

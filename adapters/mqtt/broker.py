@@ -416,7 +416,10 @@ class Broker:
 
     def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
         role = self._served.get(ownership.session_id)
-        if role is None or role.held != ownership or not role.peer.alive:  # the same word may come twice
+        if role is None:
+            self.server.devices.evicted_early(ownership)
+            return
+        if role.held != ownership or not role.peer.alive:  # the same word may come twice
             return
         if full:  # its will is the store's
             self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)

@@ -33,7 +33,15 @@ from adapters.mqtt.uplinks import source_of, uplink_of
 from adapters.mqtt.wire_packets import Connect, Will
 from adapters.mqtt.wire_reasons import ReasonCode
 from registry.errors import InvalidArgument, PermissionDenied, RegistryError, Unavailable
-from registry.messaging_values import Opening, OutcomeOpen, Publication, SessionKey
+from registry.messaging_values import (
+    Opening,
+    OutcomeOpen,
+    Ownership,
+    Publication,
+    SessionKey,
+    SessionLost,
+    StoredSessionId,
+)
 from registry.model import DeviceId, Transport
 from registry.payloads import Source
 from registry.rate_limits import RateLimiter
@@ -46,6 +54,8 @@ if TYPE_CHECKING:
 
 _DISOWN_AGAIN_SECONDS: Final = 1.0
 _LOG_LINES_PER_SECOND: Final = 50
+_EVICTED_EARLY: Final = 10_000
+"""Beyond it the oldest is forgotten; a node that is never quiet hears of some with every revocation."""
 
 
 class Devices:
@@ -61,11 +71,13 @@ class Devices:
         self._log_lines = RateLimiter(_LOG_LINES_PER_SECOND, _LOG_LINES_PER_SECOND)
         self._taken_elsewhere: dict[Key, int] = {}
         """Of those that are being opened: the number of a taking on another node."""
+        self._evicted_early: dict[StoredSessionId, int] = {}
+        """While any are being opened: the epochs of sessions that nobody served here when another node took them."""
 
     async def admit(self, peer: Peer, session: RegistrySession, connect: Connect) -> None:
         """Accept a CONNECT whose credential is good, or refuse it for its will. The caller sees by `peer.role`.
 
-        Raises ResourceExhausted (stored sessions of the device), Unavailable.
+        Raises ResourceExhausted (stored sessions of the device), Unavailable, SessionLost (another node has it by now).
         """
         grants = await self.broker.messaging.grants.of_device(session.tenant_id, session.device_id)
         if connect.will is not None and not await self._may_will(session, grants, connect.will):
@@ -124,6 +136,8 @@ class Devices:
         role.will = taken.will
         role.own_session(taken.ownership, taken.resumed)
         self.broker.serve(role)
+        if role.held is not None and self._evicted_early.get(role.held.session_id, 0) >= role.held.epoch:
+            raise SessionLost  # another node has it since, and said so before we had our answer
         return taken.resumed is not None
 
     def taken_elsewhere(self, key: Key, number: int) -> None:
@@ -133,6 +147,15 @@ class Devices:
             self.server.loop.call_soon(self._end_taken, role)
         if key in self._opening:
             self._taken_elsewhere[key] = max(number, self._taken_elsewhere.get(key, 0))
+
+    def evicted_early(self, ownership: Ownership) -> None:
+        """A session that nobody serves here is another node's: one that is being taken may be it."""
+        if not self._opening:
+            return
+        epoch = max(ownership.epoch, self._evicted_early.pop(ownership.session_id, 0))
+        self._evicted_early[ownership.session_id] = epoch
+        if len(self._evicted_early) > _EVICTED_EARLY:
+            del self._evicted_early[next(iter(self._evicted_early))]
 
     def _end_taken(self, role: DeviceRole) -> None:
         """It has left when this returns: one that has ended by itself, and is to be told in the next turn, as well."""
@@ -171,6 +194,8 @@ class Devices:
             if waiting == 1:
                 del self._opening[key]
                 self._taken_elsewhere.pop(key, None)
+                if not self._opening:
+                    self._evicted_early.clear()
             else:
                 self._opening[key] = lock, waiting - 1
 

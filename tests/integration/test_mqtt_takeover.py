@@ -15,7 +15,7 @@ from adapters.mqtt.session import Session
 from adapters.mqtt.wire_packets import Connack, Connect, Disconnect, Publish, QoS, Will
 from adapters.mqtt.wire_reasons import LocalProtocolError, ReasonCode, Version
 from registry.errors import Unavailable
-from registry.messaging_values import Opening, OutcomeOpen, Published, Routing, SessionKey, Taken
+from registry.messaging_values import Opening, OutcomeOpen, Ownership, Published, Routing, SessionKey, Taken
 from tests.http_api import Api, api, running_api
 from tests.mqtt_devices import KEEP, devices, silent
 from tests.mqtt_server import Client, Device, Gone, Running, serving_mqtt
@@ -270,3 +270,37 @@ async def test_a_connection_that_is_overtaken_before_it_is_accepted_ends(
             assert told == [ReasonCode.SESSION_TAKEN_OVER]
             await silent(quick)
         assert here.server.devices._taken_elsewhere == {}
+
+
+async def test_a_kept_session_that_is_overtaken_before_its_taking_is_answered_ends(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to a commit may be late: it is asked for as long as PostgreSQL is away (storage/commits.py)."""
+    async with two_nodes(dsn) as (here, there):
+        (one,) = await devices(here, 1)
+        messaging, broker = here.server.broker.messaging, here.server.broker
+        take, tell = messaging.take, broker.evicted
+        taken, told, gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def answered_late(opening: Opening) -> Taken:
+            answer = await take(opening)
+            taken.set()
+            await gate.wait()
+            return answer
+
+        def evicted(ownership: Ownership, *, full: bool = False) -> None:
+            tell(ownership, full=full)
+            told.set()
+
+        monkeypatch.setattr(messaging, "take", answered_late)
+        monkeypatch.setattr(broker, "evicted", evicted)
+        async with here.client() as slow, there.client() as quick:
+            connecting = asyncio.create_task(slow.connect(one, client_id="same", clean_start=False, properties=KEEP))
+            await taken.wait()
+            await quick.connect(one, client_id="same", clean_start=False, properties=KEEP)
+            await told.wait()
+            gate.set()
+            assert (await connecting).reason is ReasonCode.SERVER_UNAVAILABLE
+            await silent(quick)
+        await until_idle(here)
+        assert here.server.devices._evicted_early == {}

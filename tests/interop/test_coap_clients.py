@@ -292,6 +292,32 @@ async def test_a_client_that_holds_16_bytes_at_most_lives_a_devices_life(server:
     await is_out(tenant, own.device_id)
 
 
+async def with_commands(tenant: Tenant, hardware_id: str) -> tuple[Own, list[str]]:
+    """A device whose key has no zero byte, and the methods of the commands that wait for it."""
+    own = Own("", "", b"\0")
+    while 0 in own.key:
+        hardware_id += "x"
+        own = holder(await tenant.registered(hardware_id, credential_type="psk"))
+    methods = [f"step-{number}" for number in range(4)]
+    for method in methods:
+        await ask(tenant, "POST", f"/devices/{own.device_id}/commands", {"method": method})
+    return own, methods
+
+
+@pytest.mark.parametrize("kind", [AIOCOAP, NODE, MBEDTLS, OPENSSL], ids=lambda kind: kind.name)
+async def test_a_client_gets_the_commands_that_wait_for_it_in_order(
+    server: ServerProcess, tenant: Tenant, kind: Kind
+) -> None:
+    """The first one is the registration's answer, a message of its own; each other follows when one is acknowledged."""
+    missing = kind.missing()
+    if missing is not None:
+        pytest.skip(missing)
+    own, methods = await with_commands(tenant, f"HW-commands-{kind.name}")
+    asked = {"step": "commands", "port": server.ports["coap"], "count": len(methods), **own.proof()}
+    async with running(*kind.command(), json.dumps(asked)) as client:
+        assert [(await client.next())["command"]["method"] for _ in methods] == methods
+
+
 @pytest.mark.parametrize("kind", [MBEDTLS, OPENSSL], ids=lambda kind: kind.name)
 async def test_a_client_lives_a_devices_life_with_a_certificate(
     server: ServerProcess, tenant: Tenant, tmp_path: Path, kind: Kind
@@ -383,6 +409,18 @@ async def test_libcoap_lives_a_devices_life_with_a_psk(
     out, _ = await client(own).ask("get", "time")
     assert LIBCOAP[program] in out.decode()
     await is_out(tenant, own.device_id)
+
+
+@pytest.mark.parametrize("program", LIBCOAP)
+async def test_libcoap_gets_the_commands_that_wait_for_it_in_order(
+    server: ServerProcess, tenant: Tenant, program: str
+) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is missing (tests/parts.sh)")
+    own, methods = await with_commands(tenant, f"HW-commands-{program}")
+    libcoap = Libcoap(program, server.ports["coap"], ("-u", own.identity, "-k", own.key))
+    async with running(*libcoap.command("get", "commands", "-s", "300", "-A", "50")) as client:
+        assert [(await client.next())["method"] for _ in methods] == methods
 
 
 @pytest.mark.parametrize("program", LIBCOAP)

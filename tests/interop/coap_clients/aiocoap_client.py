@@ -108,6 +108,17 @@ async def live(asked: dict[str, Any]) -> None:
     await again.shutdown()
 
 
+async def commands(asked: dict[str, Any]) -> None:
+    made = await context(asked)
+    seen: asyncio.Queue[aiocoap.Message] = asyncio.Queue()
+    request = made.request(aiocoap.Message(code=Code.GET, uri=f"{base(asked)}/commands", observe=0))
+    request.observation.register_callback(seen.put_nowait)  # iterating would pass over what was replaced meanwhile
+    say(command=value(await asyncio.wait_for(request.response, SECONDS)))
+    for _ in range(asked["count"] - 1):
+        say(command=value(await asyncio.wait_for(seen.get(), SECONDS)))
+    await made.shutdown()
+
+
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    asyncio.run({"provision": provision, "live": live}[asked["step"]](asked))
+    asyncio.run({"provision": provision, "live": live, "commands": commands}[asked["step"]](asked))

@@ -25,7 +25,7 @@ certificate."""
 def play(make: Make) -> None:
     """One step of its life, as the argument says."""
     asked = json.loads(sys.argv[1])
-    asyncio.run({"provision": provision, "live": live}[asked["step"]](asked, make))
+    asyncio.run({"provision": provision, "live": live, "commands": commands}[asked["step"]](asked, make))
 
 
 def device(asked: dict[str, Any], make: Make) -> AbstractAsyncContextManager[CoapClient]:
@@ -66,3 +66,11 @@ async def live(asked: dict[str, Any], make: Make) -> None:
             say(closed=await client.until_ended(SECONDS))
     except (Ended, TimeoutError) as refused:
         say(refused=str(refused))
+
+
+async def commands(asked: dict[str, Any], make: Make) -> None:
+    async with device(asked, make) as client, client.observed("commands") as queue:
+        for _ in range(asked["count"]):
+            seen = await asyncio.wait_for(queue.get(), SECONDS)
+            assert seen is not None
+            say(command=seen.value)

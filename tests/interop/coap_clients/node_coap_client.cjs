@@ -44,5 +44,16 @@ async function live() {
   say(connected === true ? { answered: "connected" } : { refused: String(connected) });
 }
 
+async function commands() {
+  await new Promise((resolve, reject) => {
+    let left = asked.count;
+    CoapClient.observe(`${base}/commands`, "get", (answer) => {
+      say({ command: JSON.parse(answer.payload) });
+      if (--left === 0) resolve();
+    }).catch(reject);
+  });
+  CoapClient.reset();
+}
+
 CoapClient.setSecurityParams("127.0.0.1", { psk: { [asked.identity]: Buffer.from(asked.key, "hex") } });
-({ provision, live })[asked.step]().then(() => process.exit(0), fail);
+({ provision, live, commands })[asked.step]().then(() => process.exit(0), fail);

@@ -343,7 +343,7 @@ class Messaging:
     def enqueue(self, publication: Publication, routing: Routing) -> asyncio.Future[Published]:
         """Store a message for exactly these recipients, as a retained message for a new subscription; retains nothing.
 
-        As `publish`. `Router.abandoned` or `committed` is called with this routing once.
+        As `publish`; raises RetainedReplaced, too. `Router.abandoned` or `committed` is called with this routing once.
         """
         return self._publishing.publish(publication, routing)
 

@@ -48,6 +48,13 @@ class RetainedFull(QueueFull):
     """The tenant retains as much as it may. Nothing was stored for anybody."""
 
 
+class RetainedReplaced(FailedPrecondition):
+    """The topic has another retained message by now, or none. Nothing was stored."""
+
+    def __init__(self) -> None:
+        super().__init__("the retained message was replaced")
+
+
 class OutcomeOpen(Unavailable):
     """The commit was not answered: the message may be stored or not. Acknowledge nothing, refuse nothing; close."""
 

@@ -59,6 +59,7 @@ from registry.messaging_values import (
     QueueFull,
     Recipient,
     RetainedFull,
+    RetainedReplaced,
     Router,
     Routing,
     SessionLost,
@@ -105,6 +106,8 @@ class _Held:
     retention: dict[TenantId, Retention]
     behind: set[StoredSessionId]
     """Sessions with rows that wait for a packet id: what comes now waits behind them."""
+    kept: dict[tuple[TenantId, str], Message]
+    """What is retained now under the topics of retained messages that are to be given to somebody."""
 
 
 @dataclass(slots=True)
@@ -360,6 +363,9 @@ class Publishing:
             for item, routing in zip(items, routings, strict=True)
             if item.routing is None and item.publication.message.retain and routing is not None
         }
+        given = {
+            (item.publication.tenant_id, item.publication.message.topic) for item in items if _is_given_retained(item)
+        }
         held = await sessions.lock(connection, wanted) if wanted else {}
         unsure = {
             session.session_id
@@ -376,6 +382,7 @@ class Publishing:
             incoming=await storage.known_incoming(connection, incoming) if incoming else set(),
             wills=await storage.pending_wills(connection, wills) if wills else set(),
             retention=await storage.lock_retention(connection, topics) if topics else {},
+            kept=await storage.retained_now(connection, given) if given else {},
         )
 
     def _judge(self, item: _Item, routing: Routing | None, message_id: UUID, held: _Held, batch: _Batch) -> Outcome:
@@ -397,6 +404,8 @@ class Publishing:
             if isinstance(publication.origin, PendingWill):
                 batch.writes.wills.append(publication.origin.will_id)
             return Published(Routing(), forbidden=True)
+        if _is_given_retained(item) and _kept_now(publication.tenant_id, message.topic, held, batch) != message:
+            return RetainedReplaced()
         found = [(r, held.sessions.get(r.session_id)) for r in routing.recipients]
         living = [(r, s) for r, s in found if s is not None and s.key.tenant_id == publication.tenant_id]
         living_ids = {s.session_id for _, s in living}
@@ -512,6 +521,20 @@ class Publishing:
         batch.writes.retained[publication.tenant_id, message.topic] = (
             (publication.device_id, message) if message.payload else None
         )
+
+
+def _is_given_retained(item: _Item) -> bool:
+    """A retained message on its way to a new subscription. What replaces it comes by the same session: where that is
+    held, either the one that replaces it is known by now, or it comes behind."""
+    return item.routing is not None and item.publication.message.retain
+
+
+def _kept_now(tenant_id: TenantId, topic: str, held: _Held, batch: _Batch) -> Message | None:
+    """What is retained under a topic, as of what stands in the batch so far."""
+    if (tenant_id, topic) not in batch.writes.retained:
+        return held.kept.get((tenant_id, topic))
+    written = batch.writes.retained[tenant_id, topic]
+    return None if written is None else written[1]
 
 
 def _answer(waiting: asyncio.Future[Published], outcome: Outcome) -> None:

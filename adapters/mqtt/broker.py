@@ -277,7 +277,7 @@ class Broker:
     async def enqueue(self, role: DeviceRole, ownership: Ownership, delivery: Delivery, kept: Retained) -> bool:
         """Put a retained message into a stored session's queue; False: there is no room now.
 
-        Raises SessionLost, Unavailable.
+        Raises RetainedReplaced, SessionLost, Unavailable.
         """
         packet_id = role.mqtt.reserve(delivery.message.size)
         if isinstance(packet_id, Untaken):
@@ -359,6 +359,7 @@ class Broker:
                 continue
             if role.ownership.epoch != recipient.reserved.epoch:
                 continue
+            _retained_anew(role, context.message)
             delivery = Delivery(
                 context.message,
                 QoS(recipient.qos),
@@ -388,6 +389,7 @@ class Broker:
             role.finished(queued.ordinal)
             return
         delivery = delivery_of_queued(queued)
+        _retained_anew(role, delivery.message)
         role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), queued.packet_id))
 
     def arrived(self, arrival: Arrival) -> Iterator[None]:
@@ -535,6 +537,7 @@ class Broker:
             yield
 
     def _give(self, role: DeviceRole, delivery: Delivery) -> None:
+        _retained_anew(role, delivery.message)
         taken = role.mqtt.deliver(delivery, self.server.now())
         match taken:
             case Untaken.QUEUE_FULL:
@@ -674,6 +677,12 @@ class Broker:
                     await asyncio.sleep(AGAIN_SECONDS)
 
         self.server.track(self.server.loop.create_task(run(), name="mqtt broker"))
+
+
+def _retained_anew(role: DeviceRole, message: Message) -> None:
+    """What is sent now is newer than what may have been read of its topic before."""
+    if message.retain:
+        role.retained.replaced(message.topic)
 
 
 def _relays(plan: _Plan) -> tuple[Relay, ...]:

@@ -11,7 +11,11 @@ twice over. What waits is bounded by the session's subscriptions, and what runs 
 A stored session gets QoS 1 and 2 through its queue in the store, like any message. Nothing is dropped for want of room:
 a peer that does not read is cut by the machine (`write_stall`); one that does not acknowledge keeps but itself waiting.
 
-What can race: the subscription is replaced or removed while its messages are read; sending stops at the next one.
+What can race: the subscription is replaced or removed while its messages are read; sending stops at the next one. A
+message is replaced, or cleared, between its reading and its sending: what replaced it may have been sent already, and
+is to be the last word. So it is read again; that it was replaced is told by the store, which looks while it holds the
+session, or by what is sent meanwhile (`replaced`). What is being stored when the sending begins may have been routed
+before the subscription stood: it is waited for, as far as this node stores it.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from adapters.mqtt.topics import matches
 from adapters.mqtt.wire_packets import QoS
 from adapters.mqtt.wire_reasons import ReasonCode
 from registry.errors import RegistryError
-from registry.messaging_values import Retained
+from registry.messaging_values import Retained, RetainedReplaced
 
 if TYPE_CHECKING:
     from adapters.mqtt.device import DeviceRole
@@ -41,12 +45,21 @@ SLOW_SECONDS: Final = 0.05
 class RetainedMessages:
     """Those of one session."""
 
-    __slots__ = ("_owed", "_role", "_sending")
+    __slots__ = ("_owed", "_read", "_replaced", "_role", "_sending")
 
     def __init__(self, role: DeviceRole) -> None:
         self._role = role
         self._owed: dict[str, Subscription] = {}
         self._sending = False
+        self._read: frozenset[str] = frozenset()
+        """Topics whose messages are read, or being read, and not all sent."""
+        self._replaced: frozenset[str] = frozenset()
+        """Of these, the ones that have another message by now."""
+
+    def replaced(self, topic: str) -> None:
+        """A message that is retained under this topic is being sent, by itself."""
+        if topic in self._read:
+            self._replaced |= {topic}
 
     def owe(self, subscription: Subscription) -> None:
         """A subscription is granted, and SUBACK is on its way."""
@@ -65,26 +78,40 @@ class RetainedMessages:
             self._role.peer.end(ReasonCode.SERVER_BUSY, publish_will=True)
         finally:
             self._sending = False
+            self._read = self._replaced = frozenset()
 
     async def _send(self, subscription: Subscription) -> None:
         """Raises SessionLost, Unavailable."""
         role, levels = self._role, subscription.filter.levels
         messaging = role.broker.messaging
+        await messaging.published()
         topics = await messaging.retained_topics(role.tenant_id, _prefix(levels))
         wanted = [topic for topic in topics if matches(levels, tuple(topic.split("/")))]
         for start in range(0, len(wanted), AT_ONCE):
+            self._read, self._replaced = frozenset(wanted[start : start + AT_ONCE]), frozenset()
             for kept in await messaging.retained(role.tenant_id, wanted[start : start + AT_ONCE]):
                 if not await self._give(subscription, kept):
                     return
 
     async def _give(self, subscription: Subscription, kept: Retained) -> bool:
         """Whether the connection still lives and wants it."""
-        role = self._role
-        delivery = retained_delivery_of(from_store(kept.message), subscription)
+        role, topic = self._role, kept.message.topic
         while role.peer.alive and role.mqtt.subscriptions.get(subscription.filter.text) is subscription:
-            if role.ownership is not None and delivery.qos is not QoS.AT_MOST_ONCE:
-                if await role.broker.enqueue(role, role.ownership, delivery, kept):
+            if topic in self._replaced:
+                self._replaced -= {topic}
+                now = await role.broker.messaging.retained(role.tenant_id, [topic])
+                if not now:
                     return True
+                (kept,) = now
+                continue
+            delivery = retained_delivery_of(from_store(kept.message), subscription)
+            if role.ownership is not None and delivery.qos is not QoS.AT_MOST_ONCE:
+                try:
+                    if await role.broker.enqueue(role, role.ownership, delivery, kept):
+                        return True
+                except RetainedReplaced:
+                    self._replaced |= {topic}
+                    continue
                 await role.room(ROOM_SECONDS)
                 continue
             match role.mqtt.deliver(delivery, role.server.now()):

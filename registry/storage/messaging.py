@@ -460,6 +460,21 @@ async def retained(connection: Connection, tenant_id: TenantId, topics: Sequence
     return [Retained(row["device_id"], message_of(row)) for row in rows]
 
 
+async def retained_now(
+    connection: Connection, topics: Collection[tuple[TenantId, str]]
+) -> dict[tuple[TenantId, str], Message]:
+    """What is retained under these topics of several tenants, whether it is over or not."""
+    rows = await connection.fetch(
+        """
+        SELECT tenant_id, topic, payload, qos, true AS retain, properties, expires_at
+        FROM unnest($1::uuid[], $2::text[]) AS u (tenant_id, topic) JOIN messaging_retained USING (tenant_id, topic)
+        """,
+        [tenant_id for tenant_id, _ in topics],
+        [topic for _, topic in topics],
+    )
+    return {(row["tenant_id"], row["topic"]): message_of(row) for row in rows}
+
+
 async def remove_retained(connection: Connection, kept: Sequence[tuple[TenantId, DeviceId, str]]) -> int:
     """Forget what these devices have retained under these topics; how many there were. In a transaction; holds the
     tenants' rows. What another device has put in its place by now stays."""

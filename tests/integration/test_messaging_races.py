@@ -15,7 +15,17 @@ import pytest
 from registry import messaging as subject
 from registry.errors import Unavailable
 from registry.messaging_limits import MessagingLimits
-from registry.messaging_values import Message, QueueFull, SessionKey, StoredWill
+from registry.messaging_values import (
+    Message,
+    Publication,
+    QueueFull,
+    Recipient,
+    Reserved,
+    RetainedReplaced,
+    Routing,
+    SessionKey,
+    StoredWill,
+)
 from registry.model import DeviceId, TenantId
 from registry.storage import messaging as storage
 from registry.storage import messaging_routes
@@ -248,3 +258,26 @@ async def test_a_tenant_that_is_forgotten_while_its_routes_are_read_stays_forgot
     monkeypatch.setattr(messaging_routes, "read", read)
     await broker.messaging.follow_tenant(tenant_id)
     assert list(broker.tables) == [tenant_id]
+
+
+@pytest.mark.parametrize("word", [b"new", b""], ids=["replaced", "cleared"])
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "before"])
+async def test_a_retained_message_is_given_to_nobody_behind_the_one_that_replaced_it(
+    broker: Broker, key: SessionKey, word: bytes, together: bool
+) -> None:
+    await broker.publish(key.tenant_id, key.device_id, "t", b"old", retain=True)
+    served, _ = await broker.connect(key)
+    await broker.subscribe(served, "t")
+    (kept,) = await broker.messaging.retained(key.tenant_id, ["t"])
+    replacing = asyncio.ensure_future(broker.publish(key.tenant_id, key.device_id, "t", word, retain=True))
+    await (asyncio.sleep(0) if together else replacing)
+    packet_id = served.reserve()
+    assert packet_id is not None
+    reserved = Reserved(served.ownership.epoch, packet_id)
+    recipient = Recipient(served.ownership.session_id, 1, True, (), reserved)
+    giving = broker.messaging.enqueue(Publication(key.tenant_id, kept.device_id, kept.message), Routing((recipient,)))
+    with pytest.raises(RetainedReplaced):
+        await giving
+    await replacing
+    assert served.payloads == [word]
+    assert packet_id not in served.taken_ids

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from uuid import UUID
 
 import pytest
 
 from adapters.mqtt.machine_limits import MqttLimits
+from adapters.mqtt.properties import NO_PROPERTIES
 from adapters.mqtt.server_limits import ServerLimits
 from adapters.mqtt.wire_packets import Ack, Publish, QoS, Suback, Subscribe, SubscriptionRequest
 from adapters.mqtt.wire_reasons import PacketType, ReasonCode
-from registry.messaging_values import Retained
-from registry.model import TenantId
+from registry.messaging_values import Message, Publication, Retained
+from registry.model import DeviceId, TenantId
+from registry.storage import messaging as storage
 from tests.http_api import Api, api
-from tests.mqtt_devices import devices, silent
+from tests.mqtt_devices import KEEP, devices, silent
 from tests.mqtt_server import Client, Running, serving_mqtt
 from tests.nodes import until
 
@@ -111,3 +115,69 @@ async def test_retained_messages_wait_for_who_does_not_acknowledge(mqtt: Running
         rest = [await lazy.message() for _ in range(24)]
         assert {m.topic for m in [*held, *rest]} == topics
     await until(lambda: not mqtt.server.peers)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "in memory"])
+@pytest.mark.parametrize("qos", [QoS.AT_MOST_ONCE, QoS.AT_LEAST_ONCE], ids=["QoS 0", "QoS 1"])
+@pytest.mark.parametrize("word", [b"new", b""], ids=["replaced", "cleared"])
+async def test_what_has_been_replaced_does_not_come_behind_what_replaced_it(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch, stored: bool, qos: QoS, word: bytes
+) -> None:
+    messaging = mqtt.server.broker.messaging
+    read, replaced = messaging.retained, False
+
+    async def read_before(tenant_id: TenantId, topics: Sequence[str]) -> list[Retained]:
+        nonlocal replaced
+        found = await read(tenant_id, topics)
+        if not replaced:
+            replaced = True
+            await messaging.publish(Publication(tenant_id, publisher, Message("site/a", word, 1, retain=True)))
+        return found
+
+    one, other = await devices(mqtt, 2)
+    publisher = DeviceId(UUID(one.device_id))
+    async with mqtt.client() as sender, mqtt.client() as receiver:
+        await sender.connect(one)
+        for topic in ("site/a", "site/b"):
+            await sender.publish(topic, b"old", retain=True)
+        await receiver.connect(other, properties=KEEP if stored else NO_PROPERTIES)
+        monkeypatch.setattr(messaging, "retained", read_before)
+        await receiver.subscribe("site/#", qos=qos)
+        got = []
+        while not got or got[-1].topic != "site/b":
+            got.append(await receiver.message())
+        assert [m.payload for m in got if m.topic == "site/a" and m.payload != word] == []
+        assert replaced
+        await silent(receiver)
+
+
+async def test_what_is_being_stored_when_somebody_subscribes_is_not_missed(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messaging = mqtt.server.broker.messaging
+    hold, settle = storage.lock_retention, messaging.published
+    storing, waiting, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def held_late(*arguments: Any) -> Any:
+        storing.set()
+        await go_on.wait()
+        return await hold(*arguments)
+
+    async def settled() -> None:
+        waiting.set()
+        await settle()
+
+    one, other = await devices(mqtt, 2)
+    async with mqtt.client() as sender, mqtt.client() as receiver:
+        await sender.connect(one)
+        await sender.publish("site/a", b"old", retain=True)
+        await receiver.connect(other)
+        monkeypatch.setattr(storage, "lock_retention", held_late)
+        monkeypatch.setattr(messaging, "published", settled)
+        publishing = asyncio.create_task(sender.publish("site/a", b"new", retain=True))
+        await storing.wait()
+        await receiver.subscribe("site/a")
+        await waiting.wait()
+        go_on.set()
+        assert await publishing is ReasonCode.SUCCESS
+        assert (await receiver.message()).payload == b"new"

@@ -191,7 +191,7 @@ class MessageInbox:
     async def _hand_out(self, reserved: Sequence[tuple[Record, Ownership, int]]) -> None:
         try:
             taken = await self._record(reserved)
-        except OutcomeOpen:
+        except (OutcomeOpen, asyncio.CancelledError):  # the loop may go on anew; what it had committed is not known
             for ownership in {ownership for _, ownership, _ in reserved}:
                 self._router.evicted(ownership)  # whoever takes the session next finds what was stored
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ from registry.messaging_values import (
 from registry.model import DeviceId, TenantId
 from registry.storage import messaging as storage
 from registry.storage import messaging_routes
+from registry.storage.commits import certain_transaction
 from registry.storage.database import Connection, Database
 from tests.conftest import MakeDevice
 from tests.messaging_brokers import Broker, Seconds, broker_on
@@ -281,3 +283,31 @@ async def test_a_retained_message_is_given_to_nobody_behind_the_one_that_replace
     await replacing
     assert served.payloads == [word]
     assert packet_id not in served.taken_ids
+
+
+async def test_whose_messages_get_packet_ids_while_the_loop_is_stopped_is_closed(
+    broker: Broker, other: Broker, key: SessionKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loops are started again when one of them fails; whether the commit was heard of is not known then."""
+    committed = asyncio.Event()
+
+    @asynccontextmanager
+    async def unheard(database: Database) -> AsyncIterator[Connection]:
+        async with certain_transaction(database) as connection:
+            yield connection
+        committed.set()
+        await asyncio.Event().wait()
+
+    served, _ = await broker.connect(key)
+    await broker.subscribe(served, "t")
+    await other.publish(key.tenant_id, key.device_id, "t", b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr("registry.message_inbox.certain_transaction", unheard)
+        pulling = asyncio.create_task(broker.pull())
+        await committed.wait()
+        pulling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pulling
+    assert broker.evictions == [served.ownership]  # else it would wait for a message that nobody sends
+    again, _ = await broker.connect(key)
+    assert again.payloads == [b"x"]

@@ -183,7 +183,7 @@ class CoapEndpoint:
             return
         now = self._now()
         machine = peer._machine
-        machine.room = association.room
+        machine.has_room(association.room)
         machine.receive(datagram, now)
         self._work(peer, now)
 

@@ -19,8 +19,7 @@ at `next_timer`. For each RequestReceived it owes one `respond`.
 A newer state waits while the blocks of the one before are being fetched: they are asked for by its path alone (RFC 7959
 §2.6), so that afterwards they would be blocks of the newer one. Who asks for no more is not waited for long.
 
-A path that is narrower than `room` loses what is large, every time. So what was sent twice and asked for again, or not
-acknowledged, is cut anew for datagrams of `narrow_room`, and so is everything for this peer from then on.
+What was sent twice and asked for again, or not acknowledged, is cut anew in smaller blocks (slices.py).
 
 Invariants. At most one CON of ours is unacknowledged (NSTART); answers that had to be separate wait in `_waiting`, and
 that is bounded by `requests_per_peer` since an exchange counts until its answer is on its way; notifications wait in
@@ -63,11 +62,8 @@ from adapters.coap.messages import Head, LocalProtocolError, Message, RemoteProt
 from adapters.coap.observations import EndCause, Observation, ObservationState, Pending
 from adapters.coap.options import (
     BLOCK1,
-    BLOCK2,
-    ETAG,
     OBSERVE,
     SIZE1,
-    SIZE2,
     Block,
     OptionError,
     RequestOptions,
@@ -76,6 +72,7 @@ from adapters.coap.options import (
     response_options,
 )
 from adapters.coap.ports import Request, Response
+from adapters.coap.slices import Slices
 from adapters.coap.transmissions import Transmission
 
 _CON, _ACK, _RST = Type.CON, Type.ACK, Type.RST  # a name in an Enum takes several times as long to look up
@@ -98,14 +95,12 @@ class PeerMachine:
         "_closed",
         "_events",
         "_exchanges",
-        "_fetches",
         "_head",
         "_key",
         "_limits",
         "_meaning",
         "_memory",
         "_message_id",
-        "_narrow",
         "_non_allowed_at",
         "_notifiable",
         "_notified",
@@ -114,15 +109,14 @@ class PeerMachine:
         "_out",
         "_random",
         "_sequence",
+        "_slices",
         "_table",
         "_tokens",
         "_unacknowledged",
         "_waiting",
-        "room",
     )
 
     def __init__(self, key: int, memory: Memory, random: Random, room: int, known: bool = True) -> None:
-        self.room = room
         self._key = key
         self._memory = memory
         self._limits = memory.limits
@@ -131,6 +125,7 @@ class PeerMachine:
         self._number = 0
         self._sequence = 0  # one for all observations, so that a token that is used again still counts up
         self._table = Table(known)
+        self._slices = Slices(memory, self._table, room)
         self._exchanges: dict[int, Exchange] = {}
         self._unacknowledged: dict[int, Exchange] = {}  # in the order of ack_due
         self._active: Transmission | None = None
@@ -139,10 +134,8 @@ class PeerMachine:
         self._tokens: dict[bytes, Observation] = {}
         self._notifiable: dict[int, Observation] = {}  # those with a pending state, in turn
         self._notified: dict[int, Observation] = {}  # by message id
-        self._fetches: dict[Key, float] = {}  # bodies whose blocks are being fetched: when that is waited for no more
         self._head: Head | None = None  # of its last request, and what it means
         self._meaning = RequestOptions()
-        self._narrow = False
         self._non_allowed_at = 0.0
         self._events: deque[Event] = deque()
         self._out: list[bytes] = []
@@ -172,7 +165,7 @@ class PeerMachine:
             counters.duplicates += 1
             if entry.reply is not None and kind is _CON:
                 entry.repetitions += 1
-                if not self._does_not_arrive(entry.reply, entry.repetitions) or not self._cut_anew(
+                if not self._slices.do_not_arrive(entry.reply, entry.repetitions) or not self._cut_anew(
                     datagram, message, entry, now
                 ):
                     self._send(entry.reply)
@@ -208,7 +201,7 @@ class PeerMachine:
             due = self._active.due
         if self._active is None:
             for observation in self._notifiable.values():
-                at = max(self._non_allowed_at, self._fetches.get(observation.key, 0.0))
+                at = max(self._non_allowed_at, self._slices.fetched_until(observation.key))
                 due = at if due is None else min(due, at)
         return due
 
@@ -289,6 +282,10 @@ class PeerMachine:
             self._end(observation, None)
             self._pump(now)
 
+    def has_room(self, room: int) -> None:
+        """The largest datagram that may be sent, in bytes, is another one now."""
+        self._slices.room = room
+
     def becomes_known(self) -> None:
         """It has turned out to be a device."""
         if self._closed or self._table.known:
@@ -314,7 +311,7 @@ class PeerMachine:
         self._unacknowledged.clear()
         self._waiting.clear()
         self._notified.clear()
-        self._fetches.clear()
+        self._slices.forget()
         self._active = None
         self._out.clear()
 
@@ -436,7 +433,7 @@ class PeerMachine:
             self._finish(exchange, response.code, options + response_options(response), b"", now)
             return
         key = self._answer_key(exchange)
-        payload = self._cut(key, exchange.token, response, exchange.options.block2, options, now)
+        payload = self._slices.cut(key, exchange.token, response, exchange.options.block2, options, now)
         if payload is None:
             self._answer(exchange, Code.BAD_REQUEST, b"a block beyond the end", now)
             return
@@ -492,20 +489,11 @@ class PeerMachine:
 
     # Narrow paths -----------------------------------------------------------------------------------------------------
 
-    def _does_not_arrive(self, datagram: bytes, repetitions: int) -> bool:
-        """Whether that may be for its size: it was sent twice already, and a smaller one can be made."""
-        return repetitions >= 2 and len(datagram) > self._limits.narrow_room
-
-    def _narrowed(self) -> None:
-        if not self._narrow:
-            self._narrow = True
-            self._memory.counters.narrowed += 1
-
     def _cut_anew(self, datagram: bytes, message: Message, entry: Entry, now: float) -> bool:
         """Answer a repeated request in smaller blocks: a safe one by asking again (RFC 7252 §4.5 lets us), another one
         from what is kept. False where nothing is."""
         if message.code in (Code.GET, Code.FETCH):
-            self._narrowed()
+            self._slices.narrowed()
             entry.reply = None
             self._on_request(datagram, message, entry, now)
             return True
@@ -517,66 +505,13 @@ class PeerMachine:
         kept = self._memory.snapshots.get(key, now)
         if kept is None:
             return False
-        self._narrowed()
+        self._slices.narrowed()
         self._number += 1
         exchange = Exchange.of(self._number, message, options, entry, now)
         block1 = options.block1
         echo = [] if block1 is None else [(BLOCK1, Block(block1.number, False, block1.exponent).encode())]
         self._finish_cut(exchange, kept, echo, now)
         return True
-
-    # Answers in blocks ------------------------------------------------------------------------------------------------
-
-    def _cut(
-        self,
-        key: Key,
-        token: bytes,
-        response: Response,
-        wanted: Block | None,
-        options: list[tuple[int, bytes]],
-        now: float,
-        exponent: int = 6,
-    ) -> bytes | None:
-        """The part of a response that goes into this message, its options added to `options`; None beyond the end."""
-        body = response.payload
-        options += response_options(response)
-        if not body:
-            return body
-        exponent = min(exponent, self._limits.block_exponent)
-        if not response.code.is_successful():
-            wanted = None  # an error is the answer to any block
-        if wanted is not None:
-            exponent = min(exponent, wanted.exponent)
-        overhead = 4 + len(token) + sum(len(value) + 3 for _, value in options) + 20  # Block2, Size2, ETag, marker
-        room = min(self.room, self._limits.narrow_room) if self._narrow else self.room
-        while exponent > 0 and (16 << exponent) + overhead > room:
-            exponent -= 1
-        size = 16 << exponent
-        start = wanted.start if wanted is not None else 0
-        if start == 0 and len(body) <= size:
-            if wanted is not None:
-                options.append((BLOCK2, Block(0, False, exponent).encode()))
-            return body
-        if start >= len(body):
-            return None
-        if response.etag is None and response.code.is_successful():
-            options.append((ETAG, entity_tag(body)))
-        end = start + size
-        if start == 0:
-            self._memory.snapshots.keep(key, response, now, self._table.known)
-            options.append((SIZE2, encode_uint(len(body))))
-        self._is_fetching(key, start, end < len(body), now)
-        options.append((BLOCK2, Block(start // size, end < len(body), exponent).encode()))
-        return body[start:end]
-
-    def _is_fetching(self, key: Key, start: int, more: bool, now: float) -> None:
-        """A block of a body goes out: its next one will be asked for, or it was the last."""
-        known = self._fetches.pop(key, None) is not None
-        if not more or not (known or start == 0):
-            return
-        self._fetches[key] = now + self._limits.fetch_patience
-        if len(self._fetches) > self._limits.fetches_per_peer:
-            del self._fetches[next(iter(self._fetches))]
 
     # Observations -----------------------------------------------------------------------------------------------------
 
@@ -633,7 +568,7 @@ class PeerMachine:
         options: list[tuple[int, bytes]] = []
         if response.code.is_successful():
             options.append((OBSERVE, self._next_sequence()))  # errors have none, RFC 7641 §4.2
-        payload = self._cut(
+        payload = self._slices.cut(
             observation.key, observation.token, response, None, options, now, exponent=observation.exponent
         )
         assert payload is not None  # it begins at 0
@@ -661,7 +596,7 @@ class PeerMachine:
         for number, observation in list(self._notifiable.items()):
             pending = observation.pending
             assert pending is not None
-            if pending.response.code.is_successful() and self._fetches.get(observation.key, now) > now:
+            if pending.response.code.is_successful() and self._slices.fetched_until(observation.key) > now:
                 continue  # the one before is still being fetched, and its blocks have no other name
             if observation.wants_confirmable(pending, limits.confirm_every, limits.confirm_interval, now):
                 if self._active is not None:
@@ -698,8 +633,8 @@ class PeerMachine:
                 self._end(observation, EndCause.SILENCE)  # RFC 7641 §4.5
             return
         self._memory.counters.retransmissions += 1
-        if observation is not None and self._does_not_arrive(active.datagram, active.attempts):
-            self._narrowed()
+        if observation is not None and self._slices.do_not_arrive(active.datagram, active.attempts):
+            self._slices.narrowed()
             observation.pending = observation.pending or active.state  # the newest state again, in smaller blocks
         if observation is not None and active.state is not None and observation.pending is not None:
             # A newer state takes the place of the one that did not arrive, and its counter too (RFC 7641 §4.5.2). Not

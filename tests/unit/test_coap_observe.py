@@ -393,7 +393,7 @@ def test_bodies_that_are_waited_for_are_bounded() -> None:
         talk.sends(CON, Code.GET, message_id, path="large", uri_query=(str(message_id),))
         talk.asked()
         talk.answers(Code.CONTENT, bytes(2000))
-    assert len(talk.machine._fetches) == talk.limits.fetches_per_peer
+    assert len(talk.machine._slices._fetches) == talk.limits.fetches_per_peer
 
 
 def test_the_sequence_wraps_at_24_bits() -> None:

@@ -30,7 +30,7 @@ came before it. Whatever ends the connection while these are waited for, the wil
 Aliases and quotas live and die with the connection [MQTT-3.3.2-7], 5.0 §4.9; all else is in the session.
 
 Its parts: acknowledgements.py (what is owed for incoming messages), subscription_requests.py (what is judged),
-outgoing.py (what is to be written), negotiation.py (what CONNECT is given).
+incoming_topics.py (aliases and names), outgoing.py (what is to be written), negotiation.py (what CONNECT is given).
 
 Most connections of a node are idle, so what is empty should take nothing: queues are lists, since an empty deque takes
 0.75 KB; they are short, so taking from the front costs no more.
@@ -43,6 +43,7 @@ from enum import Enum, auto
 from typing import Final
 
 from adapters.mqtt.acknowledgements import Acknowledgements
+from adapters.mqtt.incoming_topics import IncomingTopics
 from adapters.mqtt.machine_events import (
     Cause,
     ConnectRequested,
@@ -55,7 +56,7 @@ from adapters.mqtt.machine_events import (
 from adapters.mqtt.machine_limits import MqttLimits
 from adapters.mqtt.negotiation import connack_properties, granted_expiry, kept_alive, shortened_expiry
 from adapters.mqtt.outgoing import Outgoing, reason_string
-from adapters.mqtt.properties import NO_PROPERTIES, Properties
+from adapters.mqtt.properties import NO_PROPERTIES
 from adapters.mqtt.session import Incoming, Session
 from adapters.mqtt.session_values import (
     Delivery,
@@ -63,7 +64,6 @@ from adapters.mqtt.session_values import (
     message_of,
 )
 from adapters.mqtt.subscription_requests import Granted, SubscriptionRequests
-from adapters.mqtt.topics import InvalidTopic, TopicTooLong, parse_name
 from adapters.mqtt.wire import announced_version, decode, packet_type
 from adapters.mqtt.wire_framing import Framer
 from adapters.mqtt.wire_packets import (
@@ -127,22 +127,19 @@ class Connection:
 
     __slots__ = (
         "_acknowledgements",
-        "_aliases_in",
         "_connect",
         "_events",
         "_framer",
         "_heard_at",
         "_keep_alive",
-        "_last_levels",
-        "_last_topic",
         "_leaving",
-        "_names_too_long",
         "_now",
         "_opened_at",
         "_outgoing",
         "_partial_since",
         "_requests",
         "_stalled_since",
+        "_topics",
         "_unanswered",
         "_unanswered_bytes",
         "_window",
@@ -167,7 +164,6 @@ class Connection:
         """Packets that may still be taken in this turn of the shell's loop; None for any number."""
         self.timer_stands = False
         """Whether what `next_timer` said last is early enough still: its times have only moved away since."""
-        self._names_too_long = 0
         self._events: list[Event] = []
         self._outgoing = Outgoing()
         self._connect: Connect | None = None
@@ -181,12 +177,10 @@ class Connection:
         self._leaving: tuple[ReasonCode, float | None] | None = None  # of DISCONNECT: its reason, another expiry
         self._window = limits.inflight  # the peer's, or ours
         # incoming
-        self._aliases_in: dict[int, str] = {}
+        self._topics = IncomingTopics(limits)
         self._acknowledgements = Acknowledgements()
         self._unanswered = 0
         self._unanswered_bytes = 0
-        self._last_topic: str | None = None  # of the last PUBLISH, with its levels
-        self._last_levels: tuple[str, ...] = ()
 
     # Network in -----------------------------------------------------------------------------------------------------
 
@@ -253,9 +247,9 @@ class Connection:
 
     def take_refusals(self) -> tuple[int, int]:
         """Since the last call: filters for which the session had no room; names and filters above a limit of ours."""
-        requests = self._requests
-        counted = requests.full, requests.too_long + self._names_too_long
-        requests.full = requests.too_long = self._names_too_long = 0
+        requests, topics = self._requests, self._topics
+        counted = requests.full, requests.too_long + topics.too_long
+        requests.full = requests.too_long = topics.too_long = 0
         return counted
 
     # Network out ----------------------------------------------------------------------------------------------------
@@ -514,8 +508,8 @@ class Connection:
             self._refuse(ReasonCode.CLIENT_IDENTIFIER_NOT_VALID, now, Cause.VIOLATION, text)
             return
         if connect.will is not None:
-            self._levels(connect.will.topic)
-            self._check_response_topic(connect.will.properties)
+            self._topics.levels(connect.will.topic)
+            self._topics.check_response(connect.will.properties)
         self.state = State.DECIDING
         self._events.append(ConnectRequested(connect))
 
@@ -525,15 +519,9 @@ class Connection:
         self._outgoing.allow(properties, self.limits.topic_aliases_out)
 
     def _on_publish(self, packet: Publish, now: float) -> None:
-        properties = packet.properties
-        if properties.subscription_identifiers:
+        if packet.properties.subscription_identifiers:
             raise violation("a subscription identifier from a client")  # [MQTT-3.3.4-6]
-        topic = self._resolve_alias(packet)
-        if topic != self._last_topic:  # most clients have one
-            self._last_levels = self._levels(topic)
-            self._last_topic = topic
-        levels = self._last_levels
-        self._check_response_topic(properties)
+        topic, levels = self._topics.of(packet)
         if packet.qos is QoS.AT_MOST_ONCE:
             self._announce(packet, topic, levels, now)
             return
@@ -577,33 +565,6 @@ class Connection:
             if len(self._session.incoming) >= allowed:
                 text = f"more than {allowed} messages of QoS 2 that are not released"
                 raise RemoteProtocolError(ReasonCode.QUOTA_EXCEEDED, text)
-
-    def _resolve_alias(self, packet: Publish) -> str:
-        alias = packet.properties.topic_alias
-        if alias is None:
-            return packet.topic
-        if alias > self.limits.topic_aliases_in:  # [MQTT-3.3.2-9]
-            text = f"topic alias {alias}; {self.limits.topic_aliases_in} are allowed"
-            raise RemoteProtocolError(ReasonCode.TOPIC_ALIAS_INVALID, text)
-        if packet.topic:
-            self._levels(packet.topic)  # nothing that is not a topic is kept
-            self._aliases_in[alias] = packet.topic
-            return packet.topic
-        topic = self._aliases_in.get(alias)
-        if topic is None:
-            raise violation("a topic alias that was never set")  # 5.0 §3.3.4
-        return topic
-
-    def _levels(self, topic: str) -> tuple[str, ...]:
-        try:
-            return parse_name(topic, max_bytes=self.limits.topic_bytes, max_levels=self.limits.topic_levels)
-        except InvalidTopic as error:
-            self._names_too_long += isinstance(error, TopicTooLong)
-            raise RemoteProtocolError(ReasonCode.TOPIC_NAME_INVALID, str(error)) from None
-
-    def _check_response_topic(self, properties: Properties) -> None:
-        if properties.response_topic is not None:
-            self._levels(properties.response_topic)  # [MQTT-3.3.2-14]
 
     def _on_release(self, packet: Ack) -> None:
         if self._session.release(packet.packet_id):

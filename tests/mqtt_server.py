@@ -12,7 +12,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,14 +260,17 @@ class Client:
 
 @asynccontextmanager
 async def serving_mqtt(
-    api: Api, limits: ServerLimits | None = None, stored: MessagingLimits = DEFAULT_LIMITS
+    api: Api,
+    limits: ServerLimits | None = None,
+    stored: MessagingLimits = DEFAULT_LIMITS,
+    wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
     """The server over a running core, until the block ends."""
     holder = make_certificate()
     context = TlsContext(holder.credentials(), alpn=(b"mqtt",), session_name=b"gatehouse test mqtt")
     provisioning = Provisioning(api.registry, Endpoint("localhost", 8883), Endpoint("localhost", 5684))
-    messaging = Messaging(api.database, api.registry.node.node_id, clock=time.time, random=os.urandom, limits=stored)
-    server = MqttServer(api.registry, messaging, provisioning, context, limits=limits)
+    messaging = Messaging(api.database, api.registry.node.node_id, clock=wall_clock, random=os.urandom, limits=stored)
+    server = MqttServer(api.registry, messaging, provisioning, context, limits=limits, wall_clock=wall_clock)
     await messaging.start(server.broker)
     api.registry.feed.add_follower(messaging)
     following = asyncio.create_task(messaging.run())

@@ -225,7 +225,7 @@ class Broker:
             origin = Incoming(ownership, receipt.packet_id)
         sender = None if ownership is None else ownership.session_id
         return self.messaging.publish(
-            _FromHere(role.tenant_id, role.own, to_store(message), origin, sender, publisher=role)
+            _FromHere(role.tenant_id, role.own, to_store(message, self.server.ahead), origin, sender, publisher=role)
         )
 
     def publish_unsure(self, role: DeviceRole, message: Message, later: Callable[[], None]) -> bool:
@@ -268,7 +268,9 @@ class Broker:
     def _plan_unsure(self, role: DeviceRole, message: Message) -> _Plan:
         """Where it goes; to other nodes at once."""
         sender = None if role.ownership is None else role.ownership.session_id
-        publication = _FromHere(role.tenant_id, role.own, to_store(message), None, sender, publisher=role)
+        publication = _FromHere(
+            role.tenant_id, role.own, to_store(message, self.server.ahead), None, sender, publisher=role
+        )
         plan = self._planned(publication, message)
         if plan.relays:
             self.messaging.relay(publication, _relays(plan))
@@ -321,7 +323,7 @@ class Broker:
                 tenant.table.add(topic_filter, key, route)
 
     def route(self, publication: Publication) -> Routing | None:
-        message = from_store(publication.message)
+        message = from_store(publication.message, self.server.ahead)
         name = tuple(message.topic.split("/"))
         if isinstance(publication.origin, PendingWill):
             if reserved(name):
@@ -333,7 +335,7 @@ class Broker:
         return Routing(recipients, _relays(plan), plan, len(plan.local))
 
     async def will_due(self, publication: Publication) -> bool:
-        message = from_store(publication.message)
+        message = from_store(publication.message, self.server.ahead)
         if not isinstance(publication.origin, PendingWill) or not reserved(tuple(message.topic.split("/"))):
             return False
         await self.server.devices.store_will(publication, publication.origin.will_id, message)
@@ -388,7 +390,7 @@ class Broker:
             role.mqtt.unreserve(queued.packet_id)
             role.finished(queued.ordinal)
             return
-        delivery = delivery_of_queued(queued)
+        delivery = delivery_of_queued(queued, self.server.ahead)
         _retained_anew(role, delivery.message)
         role.peer.run(partial(role.mqtt.deliver, delivery, self.server.now(), queued.packet_id))
 
@@ -396,7 +398,7 @@ class Broker:
         tenant = self._tenants.get(arrival.tenant_id)
         if tenant is None:
             return
-        message = from_store(arrival.message)
+        message = from_store(arrival.message, self.server.ahead)
         plan = _Plan(message)
         if arrival.direct:
             for _, route in tenant.table.match(tuple(message.topic.split("/"))).subscribers:

@@ -153,7 +153,7 @@ class DeviceRole:
             self.mqtt = Session(limits, durable=True)
             return
         self.mqtt.expiry = resumed.expiry  # so that it is let go, and not ended, if it cannot be restored
-        self.mqtt = Session.restore(snapshot_of(resumed), limits)
+        self.mqtt = Session.restore(snapshot_of(resumed, self.server.ahead), limits)
 
     def may_have_profile(self, profile_id: ProfileId) -> bool:
         """Whether this is its profile, or may be: while it is asked which one that is, any is."""

@@ -2,6 +2,9 @@
 
 The store knows bytes and numbers only; what MQTT 5 sends along with a message (its forwarded properties) is packed
 into bytes that come back as they were. Pure.
+
+What is kept outlives this process and is read by other nodes, so its times are the wall clock's; the machines have one
+that never jumps (server.py). `ahead` is by how many seconds the wall clock is ahead of that one now.
 """
 
 from __future__ import annotations
@@ -29,14 +32,19 @@ class _Packed(msgspec.Struct, frozen=True, array_like=True):
 _UNPACK: Final = msgspec.msgpack.Decoder(_Packed)
 
 
-def to_store(message: Message) -> stored.Message:
+def to_store(message: Message, ahead: float) -> stored.Message:
     """A message as it is kept."""
     return stored.Message(
-        message.topic, message.payload, message.qos, message.retain, _packed(message.properties), message.expires_at
+        message.topic,
+        message.payload,
+        message.qos,
+        message.retain,
+        _packed(message.properties),
+        None if message.expires_at is None else message.expires_at + ahead,
     )
 
 
-def from_store(message: stored.Message) -> Message:
+def from_store(message: stored.Message, ahead: float) -> Message:
     """A kept message as it is sent."""
     return Message(
         message.topic,
@@ -44,7 +52,7 @@ def from_store(message: stored.Message) -> Message:
         QoS(message.qos),
         message.retain,
         _unpacked(message.properties),
-        message.expires_at,
+        None if message.expires_at is None else message.expires_at - ahead,
     )
 
 
@@ -87,19 +95,23 @@ def filter_of(text: str) -> Filter:
     return parse_filter(text)
 
 
-def delivery_of_queued(queued: stored.QueuedMessage) -> Delivery:
+def delivery_of_queued(queued: stored.QueuedMessage, ahead: float) -> Delivery:
     """A row of a session's queue as a delivery, named by its ordinal."""
     return Delivery(
-        from_store(queued.message), QoS(queued.qos), queued.retain, queued.subscription_identifiers, queued.ordinal
+        from_store(queued.message, ahead),
+        QoS(queued.qos),
+        queued.retain,
+        queued.subscription_identifiers,
+        queued.ordinal,
     )
 
 
-def snapshot_of(kept: stored.StoredSession) -> Snapshot:
+def snapshot_of(kept: stored.StoredSession, ahead: float) -> Snapshot:
     """A kept session as the machine continues it."""
     return Snapshot(
         tuple(subscription_from_store(each) for each in kept.subscriptions),
         kept.incoming,
-        tuple(Outgoing(each.packet_id, delivery_of_queued(each), _phase(each)) for each in kept.outgoing),
+        tuple(Outgoing(each.packet_id, delivery_of_queued(each, ahead), _phase(each)) for each in kept.outgoing),
         kept.expiry,
     )
 

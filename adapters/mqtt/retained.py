@@ -104,7 +104,7 @@ class RetainedMessages:
                     return True
                 (kept,) = now
                 continue
-            delivery = retained_delivery_of(from_store(kept.message), subscription)
+            delivery = retained_delivery_of(from_store(kept.message, role.server.ahead), subscription)
             if role.ownership is not None and delivery.qos is not QoS.AT_MOST_ONCE:
                 try:
                     if await role.broker.enqueue(role, role.ownership, delivery, kept):

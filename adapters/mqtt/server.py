@@ -4,7 +4,9 @@
     HTTPS's upgrade of /mqtt ─► WebSocket frames (websocket.py) ─► Peer, the same
 
 Time. The machines want one clock that goes on across restarts, because a message's expiry is kept with it: `now` is
-UNIX time at the server's start plus what the loop's clock has counted since. It never jumps.
+UNIX time at the server's start plus what the loop's clock has counted since. It never jumps. The wall clock does, when
+it is set or the machine has slept, and what is kept has its times, as other nodes and the next process have no other;
+`ahead` is what lies between the two (messages.py).
 
 Draining. Nobody new is let in; what was received is stored and acknowledged, for a bounded time; then every peer gets
 DISCONNECT 0x8B in 5.0, a closed connection in 3.1.1. Nobody but the client can take a will back [MQTT-3.1.2-8], so
@@ -121,6 +123,7 @@ class MqttServer:
         self.peers: set[Peer] = set()
         self.draining = False
         self.loop = asyncio.get_running_loop()
+        self._wall_clock = wall_clock
         self._epoch = wall_clock() - self.loop.time()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listener = TlsListener(tls_context, self.new_peer, limits=tls_limits)
@@ -137,6 +140,12 @@ class MqttServer:
     def now(self) -> float:
         """Seconds since 1970, never backwards."""
         return self.loop.time() + self._epoch
+
+    @property
+    def ahead(self) -> float:
+        """By how many seconds the wall clock is ahead of `now`: 0 until it jumps, as less than one is no jump."""
+        ahead = self._wall_clock() - self.now()
+        return ahead if abs(ahead) >= 1.0 else 0.0
 
     def new_peer(self) -> Peer:
         """One more connection; it begins with `connection_made` or `stand_on`."""

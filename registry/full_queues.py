@@ -44,7 +44,7 @@ class Standstill:
 
 
 class FullQueues:
-    """Those that the publications of this node met. Times in seconds, of any clock."""
+    """Those that the publications of this node met. Times in seconds, of a clock that nobody sets."""
 
     def __init__(self, grace: float) -> None:
         """`grace` 0: never is one overdue."""

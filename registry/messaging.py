@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -99,11 +100,14 @@ class Messaging:
         random: Callable[[int], bytes],
         limits: MessagingLimits = DEFAULT_LIMITS,
         observe: Callable[[int, float], None] | None = None,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` gives seconds since 1970, `random(n)` n bytes. `observe(publications, seconds)`: each batch."""
+        """`clock` gives seconds since 1970, `steady` seconds that nobody sets, `random(n)` n bytes.
+        `observe(publications, seconds)`: each batch."""
         self.node_id = node_id
         self._database = database
         self._clock = clock
+        self._steady = steady
         self._random = random
         self._limits = limits
         self._observe = observe
@@ -152,6 +156,7 @@ class Messaging:
             fronts=fronts,
             overdue=self._overdue,
             observe=self._observe,
+            steady=self._steady,
         )
         self._catching_up: Batcher[TenantId, None] = Batcher(
             "routes", self._catch_up, max_items=_CHUNK, max_queued=100 * _CHUNK

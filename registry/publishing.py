@@ -146,12 +146,14 @@ class Publishing:
         fronts: QueueFronts,
         overdue: Callable[[Standstill], None],
         observe: Callable[[int, float], None] | None = None,
+        steady: Callable[[], float],
     ) -> None:
         self._database = database
         self._node_id = node_id
         self._router = router
         self._routes = routes
         self._clock = clock
+        self._steady = steady
         self._random = random
         self._limits = limits
         self._hint = hint
@@ -479,7 +481,7 @@ class Publishing:
             if session.queued_messages >= limits.queued_messages or session.queued_bytes + size > limits.queued_bytes
         ]
         for session in full if item.routing is None else ():  # what a session is sent for itself holds up nobody else
-            overdue = self._full.seen(session, self._clock())
+            overdue = self._full.seen(session, self._steady())
             if overdue is not None:
                 batch.overdue.add(overdue)
         if full:

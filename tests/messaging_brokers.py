@@ -83,6 +83,7 @@ class Broker:
     def __init__(self, database: Database, name: str, clock: Seconds, limits: MessagingLimits | None) -> None:
         self.database = database
         self.clock = clock
+        self.steady = clock
         self.limits = limits or MessagingLimits()
         self.name = NodeId(name)
         self.tables: dict[TenantId, Subscriptions[Key, SessionRoute | NodeRoute]] = {}
@@ -97,7 +98,14 @@ class Broker:
         self.messaging = self._messaging()
 
     def _messaging(self) -> Messaging:
-        return Messaging(self.database, self.name, clock=self.clock, random=os.urandom, limits=self.limits)
+        return Messaging(
+            self.database,
+            self.name,
+            clock=self.clock,
+            random=os.urandom,
+            limits=self.limits,
+            steady=lambda: self.steady(),
+        )
 
     async def start(self) -> None:
         await self.messaging.start(self)

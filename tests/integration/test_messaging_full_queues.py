@@ -106,6 +106,18 @@ async def test_a_session_that_takes_nothing_for_the_grace_ends_and_its_topics_ar
     }
 
 
+async def test_a_step_of_the_wall_clock_ends_nobody(broker: Broker, clock: Seconds, key: SessionKey) -> None:
+    broker.steady = Seconds()
+    await stuck(broker, key)
+    for step in (0.0, 60.0, 86_400.0, -86_400.0):
+        clock.now += step
+        assert not await publish(broker, key)
+        assert await is_there(broker, key)
+    broker.steady.now += GRACE
+    assert not await publish(broker, key)
+    assert not await is_there(broker, key)
+
+
 async def test_the_owner_on_another_node_is_told(
     broker: Broker, other: Broker, clock: Seconds, key: SessionKey
 ) -> None:

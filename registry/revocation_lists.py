@@ -15,7 +15,8 @@ has ended, with the reason that fits. A device that is only inactive is not: tha
 many verifiers know no `certificateHold`. An entry leaves with the second list after the certificate's own end (§3.3).
 
 A list is good for 7 days and made anew at half of that, whoever asks. When the database is away, the one that this node
-remembers is given until its own end.
+remembers is given until its own end. One that was made while a clock was far ahead is replaced when that is right
+again: no verifier would take it, and what it left out or named too early is put right.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from registry.storage.certificates import EndedCertificate, ListState
 from registry.storage.database import Database
 from registry.trust import Authorities
 
+_APART: Final = timedelta(minutes=5)
+"""So far apart may two nodes' clocks be; a list that is dated further ahead was made by a clock that was wrong."""
 _QUESTIONS_AT_ONCE: Final = 256
 _QUESTIONS_QUEUED: Final = 10_000
 _REASONS: Final[Mapping[str, RevocationReason]] = {
@@ -138,9 +141,14 @@ class RevocationLists:
             stored = await certificates.latest_list(connection, authority_id)
             if stored is not None and not _due(state, now):
                 return RevocationList(authority.fingerprint, *stored)  # another node was first
-            number, now = state.number + 1, max(now, state.this_update or now)  # another node's clock may be ahead
+            number, before = state.number + 1, state.this_update
+            if _ahead(state, now):
+                await certificates.take_out_of_lists(connection, authority_id, now)
+                before = now
+            elif before is not None:
+                now = max(now, before)  # another node's clock may be a little ahead
             await certificates.take_into_list(connection, authority_id, now, number)
-            ended = await certificates.listed(connection, authority_id, state.this_update)
+            ended = await certificates.listed(connection, authority_id, before)
             entries = [_entry(each) for each in ended]
             # Thousands of entries take a while to encode; others' requests go on meanwhile.
             der = await asyncio.to_thread(build_crl, authority, entries, number, now, self._lifetime)
@@ -164,9 +172,14 @@ def reason_of(words: str) -> RevocationReason:
 
 
 def _due(state: ListState, now: datetime) -> bool:
-    if state.lacks or state.this_update is None or state.next_update is None:
+    if state.lacks or state.this_update is None or state.next_update is None or _ahead(state, now):
         return True
     return now >= state.this_update + (state.next_update - state.this_update) / 2
+
+
+def _ahead(state: ListState, now: datetime) -> bool:
+    """Whether the latest list was made by a clock that was wrong."""
+    return state.this_update is not None and state.this_update - now > _APART
 
 
 def _entry(ended: EndedCertificate) -> RevokedEntry:

@@ -406,6 +406,18 @@ async def take_into_list(connection: Connection, authority_id: UUID, now: dateti
     )
 
 
+async def take_out_of_lists(connection: Connection, authority_id: UUID, now: datetime) -> None:
+    """Note for certificates that a list has named before their end that none has."""
+    await connection.execute(
+        """
+        UPDATE certificate SET listed_in = NULL
+        WHERE authority_id = $1 AND listed_in IS NOT NULL AND revoked_at IS NULL AND ends_at > $2
+        """,
+        authority_id,
+        now,
+    )
+
+
 async def listed(connection: Connection, authority_id: UUID, valid_after: datetime | None) -> list[EndedCertificate]:
     """What an authority's list has to name: all that were taken into one and had not ended by their own date by then.
 

@@ -151,6 +151,40 @@ async def test_an_entry_leaves_after_one_list_beyond_the_certificates_own_end(
     assert len(opened(await services.lists.current())) == 0
 
 
+async def test_a_list_of_a_clock_that_was_ahead_is_replaced_by_one_of_now(
+    services: CertificateServices, tenant_id: TenantId
+) -> None:
+    revoked, rotated = await services.provisioned(tenant_id), await services.provisioned(tenant_id)
+    await services.credentials.rotate(
+        tenant_id, rotated.device_id, RotateRequest(overlap_seconds=3600, csr=DeviceKey.new().csr()), OPERATOR
+    )
+    services.clock.now = rotated.issued.not_after - timedelta(days=1)
+    ahead = await services.lists.current()
+    assert reasons(ahead, [revoked.issued, rotated.issued]) == [None, "superseded"]
+    services.clock.now = revoked.issued.not_after + timedelta(days=1)
+    beyond = await services.lists.current()
+    services.clock.now = NOON
+    await revoke(services, revoked)
+    made = await services.lists.current()
+    assert (made.number, made.this_update) == (beyond.number + 1, NOON)
+    assert reasons(made, [revoked.issued, rotated.issued]) == ["unspecified", None]
+    assert await services.lists.current() == made
+    services.clock.advance(seconds=3600)
+    assert reasons(await services.lists.current(), [revoked.issued, rotated.issued]) == ["unspecified", "superseded"]
+
+
+async def test_another_nodes_clock_may_be_a_little_ahead(services: CertificateServices, tenant_id: TenantId) -> None:
+    done = await services.provisioned(tenant_id)
+    services.clock.advance(seconds=5)
+    first = await services.lists.current()
+    services.clock.advance(seconds=-5)
+    assert await services.lists.current() == first
+    await revoke(services, done)
+    made = await services.lists.current()
+    assert (made.number, made.this_update) == (first.number + 1, first.this_update)
+    assert reasons(made, [done.issued]) == ["unspecified"]
+
+
 async def test_two_nodes_give_one_list_and_see_each_others_revocations(
     dsn: str, services: CertificateServices, tenant_id: TenantId
 ) -> None:

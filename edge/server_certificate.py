@@ -82,7 +82,8 @@ class ServerCertificate:
             return True
         if self._issuer is not self._trust.authorities.active:
             return True
-        return needs_renewal(self._not_before, self._not_after, self._clock())
+        now = self._clock()  # it may have been set back since: nobody takes a certificate that begins tomorrow
+        return now < self._not_before or needs_renewal(self._not_before, self._not_after, now)
 
     def names(self) -> list[str]:
         """What the issued certificate is for."""

@@ -59,3 +59,18 @@ async def test_after_a_roll_over_a_full_disk_keeps_no_listener_from_its_new_cert
     finally:
         renewing.cancel()
         await asyncio.wait([renewing])
+
+
+async def test_a_certificate_that_has_not_begun_since_the_clock_was_set_back_is_replaced(
+    database: Database, tmp_path: Path
+) -> None:
+    services = await CertificateServices.open(database)
+    config = load(None, tmp_path, {"HOME": str(tmp_path)}, directory=tmp_path)
+    certificate = ServerCertificate(config, services.trust, services.certificates, services.clock)
+    services.clock.advance(days=10)
+    await certificate.load()
+    assert not certificate.due()
+    services.clock.advance(days=-10)
+    assert certificate.due()
+    await certificate.load()
+    assert not certificate.due()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any, TypeAlias
 
 import asyncpg
@@ -87,16 +87,20 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection without a transaction: each statement commits by itself. Raises Unavailable."""
-        with _mapped():
+        with _mapped() as cancellation:
             async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
-                yield connection
+                with cancellation:
+                    yield connection
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """A transaction: committed when the block ends, rolled back when it raises. Raises Unavailable."""
-        with _mapped():
-            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection, connection.transaction():
-                yield connection
+        with _mapped() as cancellation:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+                with cancellation:  # of BEGIN and COMMIT
+                    async with connection.transaction():
+                        with cancellation:
+                            yield connection
 
     async def dedicated(self) -> asyncpg.Connection[asyncpg.Record]:
         """A connection of its own outside the pool, for LISTEN. The caller closes it. Raises Unavailable."""
@@ -142,11 +146,32 @@ async def _prepare_connection(connection: Any) -> None:
         await connection.set_type_codec(name, schema="pg_catalog", encoder=encode_json, decoder=decode_json)
 
 
+class _Cancellation:
+    """Remembers that whoever has borrowed a connection was cancelled. To give one back to a database which does not
+    answer fails, and that failure would take the cancellation's place: the caller would go on."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen: asyncio.CancelledError | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            self.seen = error
+
+
 @contextmanager
-def _mapped() -> Iterator[None]:
+def _mapped() -> Iterator[_Cancellation]:
+    cancellation = _Cancellation()
     try:
-        yield
+        yield cancellation
     except Exception as error:
+        if cancellation.seen is not None:
+            raise cancellation.seen from None
         if not is_away(error):
             raise
         raise Unavailable("the database is not available") from error

@@ -332,6 +332,23 @@ async def _refuses(server: ServerProcess) -> bool:
     return False
 
 
+async def test_a_node_is_stopped_while_its_database_does_not_answer(dsn: str, tmp_path: Path) -> None:
+    environ = {"GATEHOUSE_DATABASE__DSN": dsn, "GATEHOUSE_DATABASE__STATEMENT_TIMEOUT_SECONDS": "5"}
+    async with server_process(tmp_path / "D", environ) as server:
+        watcher = await asyncpg.connect(dsn)
+        rows = await watcher.fetch(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'gatehouse%'"
+        )
+        with _stopped([psutil.Process(row["pid"]) for row in rows]):
+            await until(lambda: _feed_is_lost(server))
+            assert await server.stop() == 0
+        await watcher.close()
+
+
+async def _feed_is_lost(server: ServerProcess) -> bool:
+    return "feed" in (await readiness(server))[1]
+
+
 async def test_a_second_signal_hurries(dsn: str, tmp_path: Path) -> None:
     environ = {"GATEHOUSE_DATABASE__DSN": dsn, "GATEHOUSE_NODE__DRAIN_SECONDS": "600"}
     async with server_process(tmp_path / "D", environ) as server:

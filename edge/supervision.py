@@ -16,6 +16,8 @@ FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 30.0
 STEADY_SECONDS = 60.0
 """A loop that ran this long starts with the first pause again."""
+AGAIN_SECONDS = 1.0
+"""A loop that was cancelled and goes on is cancelled again after this long."""
 
 
 class Supervisor:
@@ -33,8 +35,9 @@ class Supervisor:
         """Cancel all loops and wait for them, the last one started first."""
         while self._tasks:
             task = self._tasks.pop()
-            task.cancel()
-            await asyncio.wait([task])
+            while not task.done():  # one that fails just then has heard its failure only, and starts again
+                task.cancel()
+                await asyncio.wait([task], timeout=AGAIN_SECONDS)
 
     async def _keep(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         loop = asyncio.get_running_loop()

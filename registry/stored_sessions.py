@@ -37,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from registry.batching import Batcher
-from registry.errors import ResourceExhausted
+from registry.errors import NotFound, ResourceExhausted
 from registry.events import EventKind, NewEvent
 from registry.full_queues import Standstill
 from registry.messaging_limits import MessagingLimits
@@ -112,6 +112,9 @@ class StoredSessions:
     async def _take(self, connection: Connection, opening: Opening, told: set[NodeId]) -> tuple[Taken | None, bool]:
         """What was taken (None: another one was faster with a new session, try again), and whether routes changed."""
         now = self._clock()
+        adds = opening.expiry > 0 or opening.will is not None
+        if adds and not await storage.hold_device(connection, opening.key):
+            raise NotFound("no such device in this tenant")  # deleted this very moment
         place = await storage.find(connection, opening.key)
         if place is not None and place.node_id is not None and place.node_id != self._node_id:
             await storage.evict(connection, place.node_id, Ownership(place.session_id, place.epoch))
@@ -132,7 +135,7 @@ class StoredSessions:
         if number is None:
             return None, routed
         told |= announced.told
-        if opening.expiry <= 0 and opening.will is None:
+        if not adds:
             return Taken(None, None, number), routed
         if opening.expiry > 0:
             await self._check_room(connection, opening.key)

@@ -42,6 +42,7 @@ from registry.model import (
     CredentialKind,
     Device,
     DeviceId,
+    Json,
     ProfileId,
     Receipt,
     Template,
@@ -55,7 +56,7 @@ from registry.sealing import KeyRing, SealContext
 from registry.secrets import RandomBytes, Secret, SecretKind
 from registry.storage import audit, credentials, devices, templates
 from registry.storage.database import Database
-from registry.storage.devices import DeviceQuery
+from registry.storage.devices import FIRST, DeviceQuery
 
 CLAIM_PSK_INFO = b"gatehouse claim psk"
 """HKDF's info for the claim PSK (CONTRACT §4)."""
@@ -63,7 +64,7 @@ MAX_CLAIMS = 2**31 - 1
 """What the column holds; nobody makes more devices with one key."""
 
 DEVICES_AT_ONCE = 100
-"""Devices in one transaction of `revoke_devices`: some milliseconds of locks."""
+"""Devices in one transaction of `revoke_devices` and of `delete`: some milliseconds of locks."""
 RECEIPTS_AWAITED = 1000
 """Credentials whose sessions `revoke_devices` waits for; the feed closes the others' sessions just the same."""
 SESSIONS_NAMED = 1000
@@ -220,11 +221,30 @@ class Templates:
         return after
 
     async def delete(self, tenant_id: TenantId, template_id: str, actor: Actor) -> None:
-        """Delete the template; its key is unknown from then on. The devices it made stay. Raises NotFound."""
+        """Delete the template; its key is unknown from then on. The devices it made stay; they forget it in chunks.
+
+        If it fails half-way the template is disabled; calling it again goes on. Raises NotFound.
+        """
+        while not await self._forgotten(tenant_id, template_id, actor):
+            pass
+
+    async def _forgotten(self, tenant_id: TenantId, template_id: str, actor: Actor) -> bool:
+        """A chunk of the devices forget the template, and with the last ones it goes; whether it has gone."""
         async with self._database.transaction() as connection:
-            if not await templates.delete(connection, tenant_id, _storable(template_id)):
+            status = await templates.hold(connection, tenant_id, _storable(template_id))
+            if status is None:
                 raise _unknown()
-            await audit.insert(connection, tenant_id, actor, "delete", "provisioning_template", template_id)
+            chunk = await devices.lock_claimed(connection, tenant_id, template_id, FIRST, DEVICES_AT_ONCE)
+            await devices.forget_template(connection, tenant_id, template_id, [device_id for _, device_id in chunk])
+            if len(chunk) < DEVICES_AT_ONCE:
+                await templates.delete(connection, tenant_id, template_id)
+                await audit.insert(connection, tenant_id, actor, "delete", "provisioning_template", template_id)
+                return True
+            if status is not TemplateStatus.DISABLED:  # no claim is to come behind
+                await templates.disable(connection, tenant_id, template_id, self._clock())
+                detail: dict[str, Json] = {"changed": ["status"]}
+                await audit.insert(connection, tenant_id, actor, "update", "provisioning_template", template_id, detail)
+            return False
 
     async def devices(self, tenant_id: TenantId, template_id: str, page: Page) -> Listing[Device]:
         """The devices that were claimed with the template's key, oldest first. Raises NotFound."""
@@ -245,7 +265,7 @@ class Templates:
         template = await self._disable(tenant_id, template_id, now, actor)
         awaited: list[Ended] = []
         seen = revoked = 0
-        last: DeviceId | None = None
+        last = FIRST
         while True:
             chunk, ended = await self._revoke_chunk(template, last, now, actor)
             seen, revoked = seen + len(chunk), revoked + len(ended)
@@ -275,13 +295,14 @@ class Templates:
         return disabled
 
     async def _revoke_chunk(
-        self, template: Template, after: DeviceId | None, now: datetime, actor: Actor
-    ) -> tuple[Sequence[DeviceId], Sequence[Ended]]:
+        self, template: Template, after: tuple[datetime, UUID], now: datetime, actor: Actor
+    ) -> tuple[Sequence[tuple[datetime, DeviceId]], Sequence[Ended]]:
         async with self._database.transaction() as connection:
-            chunk = await devices.lock_many(
+            chunk = await devices.lock_claimed(
                 connection, template.tenant_id, template.template_id, after, DEVICES_AT_ONCE
             )
-            living = await credentials.living(connection, template.tenant_id, chunk, now)
+            device_ids = [device_id for _, device_id in chunk]
+            living = await credentials.living(connection, template.tenant_id, device_ids, now)
             ended = await end_all(connection, living, now, "template's devices revoked", actor)
         if ended:
             self._feed.hint()

@@ -1,11 +1,12 @@
-"""The device table. A row is locked before the rows of its credentials, always in that order."""
+"""The device table. A row is locked before the rows of its credentials and before its messaging sessions, always in
+that order; several rows by rising id."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -13,11 +14,14 @@ from asyncpg import ForeignKeyViolationError, Record, UniqueViolationError
 
 from registry.errors import AlreadyExists, InvalidArgument, NotFound
 from registry.model import AnchorMode, CredentialKind, Device, DeviceId, DeviceStatus, TemplateId, TenantId
-from registry.storage import certificates
+from registry.storage import certificates, messaging_sessions
 from registry.storage.database import Connection
 
 MAX_GATEWAY_DEPTH = 8
 """Gateways above a device. Real installations have one or two; a bound keeps the walk upwards short."""
+
+FIRST = (datetime(1970, 1, 1, tzinfo=UTC), UUID(int=0))
+"""Before every (created_at, device_id)."""
 
 _GATEWAY_LOCK = 0x6761_7465
 """The class of the advisory locks that order changes of gateways, one for each tenant (two may share; ASCII "gate")."""
@@ -106,24 +110,49 @@ async def lock(connection: Connection, tenant_id: TenantId, device_id: DeviceId)
     return _device(row)
 
 
-async def lock_many(
-    connection: Connection, tenant_id: TenantId, template_id: TemplateId, after: UUID | None, limit: int
-) -> list[DeviceId]:
-    """Lock the next devices that were claimed with a template, in the order of their ids; their ids."""
+async def lock_claimed(
+    connection: Connection, tenant_id: TenantId, template_id: str, after: tuple[datetime, UUID], limit: int
+) -> list[tuple[datetime, DeviceId]]:
+    """The next devices that were claimed with a template, behind (created_at, device_id) in that order, and locked in
+    the order of their ids, as everybody does who locks several."""
     rows = await connection.fetch(
         """
-        SELECT device_id FROM device
-        WHERE tenant_id = $1 AND template_id = $2 AND ($3::uuid IS NULL OR device_id > $3)
-        ORDER BY device_id
-        LIMIT $4
-        FOR NO KEY UPDATE
+        SELECT created_at, device_id FROM device
+        WHERE tenant_id = $1 AND template_id = $2 AND (created_at, device_id) > ($3, $4)
+        ORDER BY created_at, device_id
+        LIMIT $5
         """,
         tenant_id,
         template_id,
-        after,
+        *after,
         limit,
     )
-    return [row["device_id"] for row in rows]
+    await connection.execute(
+        """
+        SELECT FROM device WHERE tenant_id = $1 AND device_id = ANY ($2::uuid[])
+        ORDER BY device_id
+        FOR NO KEY UPDATE
+        """,
+        tenant_id,
+        [row["device_id"] for row in rows],
+    )
+    return [(row["created_at"], row["device_id"]) for row in rows]
+
+
+async def forget_template(
+    connection: Connection, tenant_id: TenantId, template_id: str, device_ids: Sequence[DeviceId]
+) -> None:
+    """Those of these devices that were claimed with a template know nothing of it any more. Duty of the caller: hold
+    their locks."""
+    await connection.execute(
+        """
+        UPDATE device SET template_id = NULL
+        WHERE tenant_id = $1 AND template_id = $2 AND device_id = ANY ($3::uuid[])
+        """,
+        tenant_id,
+        template_id,
+        list(device_ids),
+    )
 
 
 async def read(
@@ -213,10 +242,20 @@ async def delete(connection: Connection, tenant_id: TenantId, device_id: DeviceI
     """Delete the device and with it its credentials; its children lose their gateway. Its certificates stay on record
     as revoked. Raises NotFound.
 
-    The exclusive lock comes first: no child can be added once the children have been let go.
+    The exclusive locks come first: no child can be added once the children have been let go. They are taken in the
+    house's order, devices by id, then sessions and wills, which the cascade would lock in an order of its own.
     """
+    await connection.execute(
+        """
+        SELECT FROM device WHERE tenant_id = $1 AND (device_id = $2 OR gateway_id = $2)
+        ORDER BY device_id
+        FOR UPDATE
+        """,
+        tenant_id,
+        device_id,
+    )
     row = await connection.fetchrow(
-        f"SELECT {_COLUMNS} FROM device WHERE tenant_id = $1 AND device_id = $2 FOR UPDATE",  # noqa: S608  # a constant
+        f"SELECT {_COLUMNS} FROM device WHERE tenant_id = $1 AND device_id = $2",  # noqa: S608  # a constant
         tenant_id,
         device_id,
     )
@@ -228,6 +267,7 @@ async def delete(connection: Connection, tenant_id: TenantId, device_id: DeviceI
         device_id,
         now,
     )
+    await messaging_sessions.hold_of_device(connection, tenant_id, device_id)
     await certificates.end_of_device(connection, tenant_id, device_id, now, "device deleted")
     await connection.execute("DELETE FROM device WHERE tenant_id = $1 AND device_id = $2", tenant_id, device_id)
     return _device(row)

@@ -1,6 +1,7 @@
 """Stored sessions in SQL: taken, let go, ended, dropped with a revocation, and left behind by nodes that died.
 
-Every function works in the caller's transaction. Sessions are locked before tenants, several of them by rising number.
+Every function works in the caller's transaction. Locks are taken in one order: devices, then sessions by rising number,
+then wills by rising number, then tenants.
 """
 
 from __future__ import annotations
@@ -80,6 +81,26 @@ class Locked:
     last_ordinal: int
     queued_messages: int
     queued_bytes: int
+
+
+async def hold_device(connection: Connection, key: SessionKey) -> bool:
+    """Keep the device from being deleted, as a session or a will that is added will do anyway; whether there is one.
+
+    Before its sessions are held: who deletes it holds the device first, and its sessions then.
+    """
+    held = await connection.fetchval(
+        "SELECT true FROM device WHERE tenant_id = $1 AND device_id = $2 FOR KEY SHARE", key.tenant_id, key.device_id
+    )
+    return held is not None
+
+
+async def hold_of_device(connection: Connection, tenant_id: TenantId, device_id: DeviceId) -> None:
+    """Hold a device's sessions, and its wills. Duty of the caller: hold the device."""
+    for statement in (
+        "SELECT FROM messaging_session WHERE tenant_id = $1 AND device_id = $2 ORDER BY session_id FOR UPDATE",
+        "SELECT FROM messaging_will WHERE tenant_id = $1 AND device_id = $2 ORDER BY will_id FOR UPDATE",
+    ):
+        await connection.execute(statement, tenant_id, device_id)
 
 
 async def find(connection: Connection, key: SessionKey) -> Place | None:
@@ -482,6 +503,8 @@ async def orphan(connection: Connection, node_id: NodeId, now: float, limit: int
         UPDATE messaging_will w SET due_at = $2 + least(w.delay, s.expiry)
         FROM messaging_session s
         WHERE w.session_id = s.session_id AND w.due_at IS NULL AND s.session_id = ANY ($1::bigint[])
+          AND w.will_id = ANY (ARRAY (
+              SELECT will_id FROM messaging_will WHERE session_id = ANY ($1::bigint[]) ORDER BY will_id FOR UPDATE))
         """,
         sessions,
         now,
@@ -543,7 +566,8 @@ async def finish_wills(connection: Connection, sessions: Collection[StoredSessio
     await connection.execute(
         """
         UPDATE messaging_will SET session_id = NULL, due_at = least(coalesce(due_at, $2), $2)
-        WHERE session_id = ANY ($1::bigint[])
+        WHERE session_id = ANY ($1::bigint[]) AND will_id = ANY (ARRAY (
+            SELECT will_id FROM messaging_will WHERE session_id = ANY ($1::bigint[]) ORDER BY will_id FOR UPDATE))
         """,
         list(sessions),
         now,
@@ -552,7 +576,14 @@ async def finish_wills(connection: Connection, sessions: Collection[StoredSessio
 
 async def drop_wills(connection: Connection, sessions: Collection[StoredSessionId]) -> None:
     """Forget wills, unpublished."""
-    await connection.execute("DELETE FROM messaging_will WHERE session_id = ANY ($1::bigint[])", list(sessions))
+    await connection.execute(
+        """
+        DELETE FROM messaging_will
+        WHERE session_id = ANY ($1::bigint[]) AND will_id = ANY (ARRAY (
+            SELECT will_id FROM messaging_will WHERE session_id = ANY ($1::bigint[]) ORDER BY will_id FOR UPDATE))
+        """,
+        list(sessions),
+    )
 
 
 async def due_wills(connection: Connection, now: float, limit: int) -> list[Record]:

@@ -199,14 +199,34 @@ async def update(connection: Connection, template: Template) -> None:
         )
 
 
-async def delete(connection: Connection, tenant_id: TenantId, template_id: str) -> bool:
-    """Whether there was one. Its devices forget it."""
-    gone = await connection.fetchval(
-        "DELETE FROM provisioning_template WHERE tenant_id = $1 AND template_id = $2 RETURNING true",
+async def hold(connection: Connection, tenant_id: TenantId, template_id: str) -> TemplateStatus | None:
+    """As `lock`, without counting the claims: the template's status; None where there is none."""
+    status = await connection.fetchval(
+        "SELECT status FROM provisioning_template WHERE tenant_id = $1 AND template_id = $2 FOR UPDATE",
         tenant_id,
         template_id,
     )
-    return gone is not None
+    return None if status is None else TemplateStatus(status)
+
+
+async def disable(connection: Connection, tenant_id: TenantId, template_id: str, now: datetime) -> None:
+    """No claim from now on."""
+    await connection.execute(
+        """
+        UPDATE provisioning_template SET status = 'disabled', updated_at = $3
+        WHERE tenant_id = $1 AND template_id = $2
+        """,
+        tenant_id,
+        template_id,
+        now,
+    )
+
+
+async def delete(connection: Connection, tenant_id: TenantId, template_id: str) -> None:
+    """Delete it. Its devices forget it, all in this transaction and in no order: let most of them do so before."""
+    await connection.execute(
+        "DELETE FROM provisioning_template WHERE tenant_id = $1 AND template_id = $2", tenant_id, template_id
+    )
 
 
 async def for_claim(

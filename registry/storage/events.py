@@ -74,7 +74,7 @@ async def read_settled(connection: Connection, after: Position, limit: int) -> l
         SELECT {_COLUMNS}, extract(epoch FROM clock_timestamp() - at)::float8 AS age
         FROM event
         WHERE (xid, seq) > ($1::text::xid8, $2) AND xid < pg_snapshot_xmin(pg_current_snapshot())
-        ORDER BY xid, seq
+        ORDER BY event.xid, event.seq
         LIMIT $3
         """,  # noqa: S608  # the columns are a constant of this file
         str(after.xid),
@@ -92,7 +92,7 @@ async def read_early(connection: Connection, known: Collection[int], limit: int)
         FROM event
         WHERE kind IN ('credential.revoked', 'device.deactivated', 'device.deleted', 'session.kicked')
           AND xid >= pg_snapshot_xmin(pg_current_snapshot()) AND seq <> ALL ($1::bigint[])
-        ORDER BY xid, seq
+        ORDER BY event.xid, event.seq
         LIMIT $2
         """,  # noqa: S608  # the columns are a constant of this file
         list(known),
@@ -107,7 +107,7 @@ async def oldest_unsettled(connection: Connection) -> float | None:
         """
         SELECT extract(epoch FROM clock_timestamp() - at)::float8 FROM event
         WHERE xid >= pg_snapshot_xmin(pg_current_snapshot())
-        ORDER BY xid, seq
+        ORDER BY event.xid, event.seq
         LIMIT 1
         """
     )
@@ -120,7 +120,7 @@ async def newest_settled(connection: Connection) -> Position:
         """
         SELECT xid::text::bigint AS xid, seq FROM event
         WHERE xid < pg_snapshot_xmin(pg_current_snapshot())
-        ORDER BY xid DESC, seq DESC LIMIT 1
+        ORDER BY event.xid DESC, event.seq DESC LIMIT 1
         """
     )
     return Position(row["xid"], row["seq"]) if row else Position(0, 0)
@@ -133,7 +133,7 @@ async def read_tenant(connection: Connection, tenant_id: TenantId, after: Positi
         SELECT {_COLUMNS} FROM event
         WHERE tenant_id = $1 AND (xid, seq) > ($2::text::xid8, $3)
           AND xid < pg_snapshot_xmin(pg_current_snapshot())
-        ORDER BY xid, seq
+        ORDER BY event.xid, event.seq
         LIMIT $4
         """,  # noqa: S608  # the columns are a constant of this file
         tenant_id,
@@ -152,7 +152,7 @@ async def read_device(
         f"""
         SELECT {_COLUMNS} FROM event
         WHERE tenant_id = $1 AND device_id = $2 AND ($3::text IS NULL OR (xid, seq) < ($3::text::xid8, $4))
-        ORDER BY xid DESC, seq DESC
+        ORDER BY event.xid DESC, event.seq DESC
         LIMIT $5
         """,  # noqa: S608  # the columns are a constant of this file
         tenant_id,

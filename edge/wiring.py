@@ -97,9 +97,12 @@ async def migrate_database(dsn: str, *, connect_timeout: float = 10.0) -> list[s
         dsn, timeout=connect_timeout, server_settings={"application_name": "gatehouse-migrate"}
     )
     try:
-        return await migrate(connection)
-    finally:
-        await connection.close()
+        applied = await migrate(connection)
+    except BaseException:
+        connection.terminate()  # a goodbye would wait for an answer
+        raise
+    await connection.close(timeout=connect_timeout)
+    return applied
 
 
 def build(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edge.wiring import migrate_database
 from registry.storage import database as subject
 from registry.storage.database import Database
 
@@ -69,10 +70,31 @@ async def test_who_is_cancelled_while_nothing_answers_is_cancelled(
     frozen: Frozen, use: Callable[[Frozen], Coroutine[Any, Any, None]]
 ) -> None:
     """To give the connection back fails as well; a loop that took this for the database's loss was never stopped."""
-    using = asyncio.create_task(use(frozen))
-    await frozen.done.wait()
+    await cancelled(asyncio.create_task(use(frozen)), frozen.done)
+
+
+async def cancelled(task: asyncio.Task[Any], frozen: asyncio.Event) -> None:
+    await frozen.wait()
     for _ in range(20):  # turns of the loop, until it waits for the answer
         await asyncio.sleep(0)
-    using.cancel()
-    await asyncio.wait([using], timeout=60)
-    assert using.cancelled()
+    task.cancel()
+    await asyncio.wait([task], timeout=60)
+    assert task.cancelled()
+
+
+async def test_a_migration_is_cancelled_while_nothing_answers(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that is told to stop while it starts does not wait for its goodbye to be answered."""
+    frozen, backends = asyncio.Event(), []
+
+    async def migrate(connection: Any) -> list[str]:
+        backends.append(await connection.fetchval("SELECT pg_backend_pid()"))
+        os.kill(backends[0], signal.SIGSTOP)
+        frozen.set()
+        await connection.fetchval("SELECT 1")
+        raise AssertionError
+
+    monkeypatch.setattr("edge.wiring.migrate", migrate)
+    try:
+        await cancelled(asyncio.create_task(migrate_database(dsn)), frozen)
+    finally:
+        os.kill(backends[0], signal.SIGCONT)

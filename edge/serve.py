@@ -464,15 +464,23 @@ async def _every_hour(retention: Retention, certificates: Certificates) -> None:
     pause = FIRST_RETENTION_SECONDS
     while True:
         await asyncio.sleep(pause)
-        pause = RETENTION_SECONDS
-        tidied = await certificates.tidy()
-        if tidied.abandoned or tidied.deleted:
-            counts = {"abandoned": tidied.abandoned, "deleted": tidied.deleted}
-            log.info("certificates.tidied", extra={"fields": counts})
-        report = await retention.run_once(utc_now())
-        if report.dropped or report.deleted or report.locked:
-            fields = {"dropped": report.dropped, "locked": report.locked, "deleted": report.deleted}
-            log.info("retention.done", extra={"fields": fields})
+        try:
+            await _tidy(retention, certificates)
+            pause = RETENTION_SECONDS
+        except Unavailable as error:
+            pause = FIRST_RETENTION_SECONDS
+            log.warning("retention.postponed", extra={"fields": {"reason": str(error)}})
+
+
+async def _tidy(retention: Retention, certificates: Certificates) -> None:
+    tidied = await certificates.tidy()
+    if tidied.abandoned or tidied.deleted:
+        counts = {"abandoned": tidied.abandoned, "deleted": tidied.deleted}
+        log.info("certificates.tidied", extra={"fields": counts})
+    report = await retention.run_once(utc_now())
+    if report.dropped or report.deleted or report.locked:
+        fields = {"dropped": report.dropped, "locked": report.locked, "deleted": report.deleted}
+        log.info("retention.done", extra={"fields": fields})
 
 
 def _raise_file_limit() -> None:

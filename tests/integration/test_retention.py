@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import asyncpg
 import pytest
 
+from edge import serve
+from registry.certificates import Certificates, Tidied
 from registry.errors import Unavailable
 from registry.model import DeviceId, TenantId, Transport
 from registry.paging import Page
@@ -18,6 +21,7 @@ from registry.retention import DAYS_AHEAD, Retention, RetentionSettings
 from registry.storage import partitions
 from registry.storage.database import Database
 from registry.uplinks import Uplinks
+from tests.nodes import until
 
 ALL_KEPT = RetentionSettings(retention_days=0, event_days=0, audit_days=0)
 PATIENCE = 20.0
@@ -301,3 +305,32 @@ async def test_uplinks_of_several_days_are_listed_across_their_partitions(
     assert [u.received_at.date() for u in first.items + rest.items] == days
     readings = (await uplinks.list_readings(tenant_id, device_id, Page(), component="main", sensor="t")).items
     assert [r.observed_at.date() for r in readings] == days
+
+
+class Tidying:
+    """What `serve` tidies beside the tables, with a database that is away at first."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def tidy(self) -> Tidied:
+        self.asked += 1
+        if self.asked == 1:
+            raise Unavailable("the database is not available")
+        return Tidied(0, 0)
+
+
+async def test_while_the_database_is_away_the_hours_work_is_put_off_and_no_loop_fails(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Restarts of loops are bugs of ours, which operators have an alert for; an outage of the database is none."""
+    monkeypatch.setattr(serve, "FIRST_RETENTION_SECONDS", 0.0)
+    certificates = Tidying()
+    working = asyncio.create_task(serve._every_hour(Retention(database, ALL_KEPT), cast(Certificates, certificates)))
+    try:
+        with caplog.at_level(logging.WARNING):
+            await until(lambda: certificates.asked == 2 or working.done())
+        assert not working.done()
+        assert "retention.postponed" in caplog.messages
+    finally:
+        working.cancel()

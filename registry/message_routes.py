@@ -88,6 +88,8 @@ class MessageRoutes:
         self._followed: dict[TenantId, _Followed] = {}
         self._watched: Counter[tuple[TenantId, NodeRoute]] = Counter()
         self._written: set[tuple[TenantId, NodeRoute]] = set()
+        self._left: set[tuple[TenantId, NodeRoute]] = set()
+        """Interests that nobody had any more when the database was away."""
         self._batcher: Batcher[_Change, None] = Batcher(
             "message routes", self._process, max_items=_BATCH, max_queued=_QUEUE
         )
@@ -119,7 +121,7 @@ class MessageRoutes:
             raise
 
     async def unwatch(self, tenant_id: TenantId, route: NodeRoute) -> None:
-        """One less. Never raises: a route that stays too long costs a message that nobody wants."""
+        """One less. Never raises: a route that stays until `tidy` costs a message that nobody wants."""
         key = (tenant_id, route)
         self._uncount(key)
         if key in self._watched:
@@ -128,7 +130,19 @@ class MessageRoutes:
         try:
             await self._batcher.submit(_Interest(tenant_id, route))
         except Unavailable:
-            pass
+            self._left.add(key)
+
+    async def tidy(self) -> None:
+        """Take away the interests that `unwatch` could not. Raises Unavailable; then it is to be called again."""
+        left = list(self._left)
+        for start in range(0, len(left), _BATCH):
+            part = left[start : start + _BATCH]
+            self._left.difference_update(part)
+            try:
+                await asyncio.gather(*(self._batcher.submit(_Interest(*each)) for each in part))
+            except BaseException:
+                self._left.update(part)
+                raise
 
     async def write_again(self) -> None:
         """All interests, after this node was taken for dead. Raises Unavailable; then it is to be called again."""

@@ -562,6 +562,7 @@ class Messaging:
 
     async def prune(self) -> None:
         """What it asks for rarely: what expired or lost its last user, missed revocations. Raises Unavailable."""
+        await self._routes.tidy()
         await self._sessions.drop_forfeited()
         now = self._clock()
         while True:

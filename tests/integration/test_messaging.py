@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from registry.errors import ResourceExhausted
+from registry.errors import ResourceExhausted, Unavailable
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import (
     Incoming,
@@ -381,6 +381,31 @@ async def test_sessions_that_are_not_stored_are_reached_through_their_node(
     assert (await broker.publish(tenant_id, device_id, "t/1", b"6")).routing.relays == ()
     await other.pull()
     assert [a.message.payload for a in other.arrivals[2:]] == [b"4", b"5"]
+
+
+async def test_what_nobody_wants_any_more_goes_when_the_database_is_back(
+    broker: Broker, other: Broker, tenant_id: TenantId, device_id: DeviceId, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.message_routes.RETRY_PAUSES", ())
+    for text in ("gone", "wanted"):
+        await other.messaging.watch(tenant_id, text, stored=False, qos=1)
+    with monkeypatch.context() as outage:
+        outage.setattr(other.database, "transaction", broken)
+        for text in ("gone", "wanted"):
+            await other.messaging.unwatch(tenant_id, text, stored=False, qos=1)
+        with pytest.raises(Unavailable):
+            await other.messaging.prune()
+    await other.messaging.watch(tenant_id, "wanted", stored=False, qos=1)
+    assert (await broker.publish(tenant_id, device_id, "gone", b"")).routing.relays
+    await other.messaging.prune()
+    assert not (await broker.publish(tenant_id, device_id, "gone", b"")).routing.relays
+    assert (await broker.publish(tenant_id, device_id, "wanted", b"")).routing.relays
+    await other.messaging.unwatch(tenant_id, "wanted", stored=False, qos=1)
+    assert not (await broker.publish(tenant_id, device_id, "wanted", b"")).routing.relays
+
+
+def broken() -> None:
+    raise Unavailable("the database is away")
 
 
 async def test_the_loops_carry_messages_and_routes_by_hints(broker: Broker, other: Broker, key: SessionKey) -> None:

@@ -91,14 +91,15 @@ class Admission:
         await self._agree(identity, peer, evidence, contact)
         session = await registry.sessions.open(identity, contact, peer)
         try:
-            if not peer.alive or session.closed:
-                return
-            peer.session = session
-            await self._server.devices.admit(peer, session, connect)
+            if peer.alive and not session.closed:
+                peer.session = session
+                await self._server.devices.admit(peer, session, connect)
         finally:
             if peer.role is None:
                 peer.session = None
                 registry.sessions.ended(session)
+        # Of a session that has just been closed nobody is told any more, once it has ended.
+        peer.refuse(ReasonCode.NOT_AUTHORIZED)
 
     async def _agree(
         self, identity: Identity, peer: Peer, evidence: ApiKey | ClientCertificate, contact: Contact

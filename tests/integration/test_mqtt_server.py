@@ -14,6 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from adapters.mqtt.device import DeviceRole
 from adapters.mqtt.properties import Properties
 from adapters.mqtt.wire_packets import Disconnect, Publish, QoS, Will
 from adapters.mqtt.wire_reasons import ReasonCode, Version
@@ -368,3 +369,24 @@ async def test_draining_stores_what_was_received_and_says_goodbye(mqtt: Running)
         rest = await client.closed()
         assert [p.reason for p in rest if isinstance(p, Disconnect)] == [ReasonCode.SERVER_SHUTTING_DOWN]
         await draining
+
+
+@VERSIONS
+async def test_a_session_that_is_closed_as_its_admission_ends_leaves_no_connection_behind(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch, version: Version
+) -> None:
+    device = await mqtt.device()
+    sessions, enter = mqtt.api.registry.sessions, mqtt.server.broker.enter
+    closing: list[asyncio.Task[Any]] = []
+
+    async def enter_and_be_closed(role: DeviceRole) -> None:
+        await enter(role)
+        closing.append(asyncio.create_task(sessions.close([role.session], "credential revoked")))
+        await asyncio.sleep(0)  # it is closed, and nobody has been told
+
+    monkeypatch.setattr(mqtt.server.broker, "enter", enter_and_be_closed)
+    async with mqtt.client(version=version) as client:
+        assert (await client.connect(device)).reason is ReasonCode.NOT_AUTHORIZED
+        await client.closed()
+    await asyncio.gather(*closing)
+    await until(lambda: not mqtt.server.peers and not mqtt.server.tls_counters.open)

@@ -397,9 +397,17 @@ async def list_state(connection: Connection, authority_id: UUID, now: datetime, 
 
 
 async def take_into_list(connection: Connection, authority_id: UUID, now: datetime, number: int) -> None:
-    """Note for every ended certificate that no list has named yet that the list of this number does."""
+    """Note for every ended certificate that no list has named yet that the list of this number does.
+
+    One that somebody changes this very moment is left to the next list, which is then due at once: the list's signing
+    takes a while, and whoever ends several certificates holds them in an order of his own.
+    """
     await connection.execute(
-        f"UPDATE certificate SET listed_in = $3 WHERE {_TO_LIST}",  # noqa: S608  # a constant of this file
+        f"""
+        UPDATE certificate SET listed_in = $3
+        WHERE {_TO_LIST} AND serial = ANY (ARRAY (
+            SELECT serial FROM certificate WHERE {_TO_LIST} FOR NO KEY UPDATE SKIP LOCKED))
+        """,  # noqa: S608  # a constant of this file
         authority_id,
         now,
         number,

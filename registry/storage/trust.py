@@ -113,12 +113,14 @@ class SealedValue:
 
 @dataclass(frozen=True, slots=True)
 class SealedColumn:
-    """Where values rest sealed. The statements are constants: `key` is text in all of them."""
+    """Where values rest sealed. The statements are constants: `key` is text in all of them. `hold` locks what is locked
+    before the rows that `read` will find, with the same arguments."""
 
     name: str
     read: str
     write: str
     count: str
+    hold: str | None = None
 
 
 SEALED_COLUMNS = (
@@ -134,6 +136,16 @@ SEALED_COLUMNS = (
         """,
         "UPDATE credential SET sealed_key = $2 WHERE credential_id = $1::text::uuid",
         "SELECT count(*) FROM credential WHERE kind = 'psk' AND substr(sealed_key, 1, length($1::bytea)) = $1",
+        """
+        SELECT FROM device WHERE device_id = ANY (ARRAY (
+            SELECT device_id FROM credential
+            WHERE kind = 'psk' AND credential_id > coalesce($1::text::uuid, '00000000-0000-0000-0000-000000000000')
+              AND substr(sealed_key, 1, length($2::bytea)) <> $2
+            ORDER BY credential_id
+            LIMIT $3))
+        ORDER BY device_id
+        FOR NO KEY UPDATE
+        """,
     ),
     SealedColumn(
         "claim_psk",
@@ -191,7 +203,10 @@ SEALED_COLUMNS = (
 async def not_sealed_with(
     connection: Connection, column: SealedColumn, prefix: bytes, after: str | None, limit: int
 ) -> list[SealedValue]:
-    """The next values whose beginning is not `prefix` (which names a key of the ring), their rows locked."""
+    """The next values whose beginning is not `prefix` (which names a key of the ring), their rows locked; those of
+    credentials behind their devices', as everybody locks them who changes a device's credentials."""
+    if column.hold is not None:
+        await connection.execute(column.hold, after, prefix, limit)
     rows = await connection.fetch(column.read, after, prefix, limit)
     return [SealedValue(row["key"], row["owner"], row["version"], row["sealed"]) for row in rows]
 

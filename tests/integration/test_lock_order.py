@@ -18,7 +18,7 @@ import pytest
 from registry.errors import NotFound
 from registry.messaging_values import Message, SessionKey, StoredWill
 from registry.model import DeviceId, TemplateStatus, TenantId
-from registry.storage import messaging, messaging_sessions
+from registry.storage import certificates, messaging, messaging_sessions, trust
 from registry.storage.database import Connection, Database
 from registry.templates import NewTemplate
 from tests.conftest import MakeDevice
@@ -230,3 +230,71 @@ async def test_a_revocation_that_comes_while_a_will_is_waited_for_forfeits_it(
         async with database.connection() as other:
             await other.execute("UPDATE device SET status = 'inactive' WHERE device_id = $1", device_id)
     assert await waiting == set()
+
+
+async def test_resealing_holds_devices_before_their_credentials(
+    services: Services, database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    for number in (1, 2):
+        await services.rows(
+            """
+            INSERT INTO credential (credential_id, tenant_id, device_id, kind, lookup, sealed_key)
+            VALUES ($1, $2, $3, 'psk', $4, 'old')
+            """,
+            UUID(int=number),
+            tenant_id,
+            device_id,
+            bytes([number]),
+        )
+
+    async def reseal() -> None:
+        async with database.transaction() as connection:
+            found = await trust.not_sealed_with(connection, trust.SEALED_COLUMNS[0], b"new", None, 10)
+            assert len(found) == 2
+
+    use = "UPDATE credential SET first_used_at = now() WHERE credential_id = $1"
+    async with rival(database) as connection:  # a first use: the device, the new credential, the one that it retires
+        await connection.execute(HOLD_DEVICE, device_id)
+        await connection.execute(use, UUID(int=2))
+        resealing = asyncio.create_task(reseal())
+        await until_blocked(database)
+        await connection.execute(use, UUID(int=1))
+    await resealing
+
+
+async def test_a_revocation_list_waits_for_no_certificate(
+    services: Services, database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    authority = UUID(int=9)
+    await services.rows(
+        """
+        INSERT INTO authority (authority_id, kind, certificate, sealed_key, active) VALUES ($1, 'issuing', '', '', true)
+        """,
+        authority,
+    )
+    for serial in ("01", "02"):
+        await services.rows(
+            """
+            INSERT INTO certificate (authority_id, serial, purpose, tenant_id, device_id, subject, spki_sha256, status,
+                                     not_before, not_after, renew_after, intended_at, issued_at, fingerprint, der,
+                                     ends_at)
+            VALUES ($1, $2, 'device', $3, $4, '', '', 'issued', $5, $5::timestamptz + interval '1 day', $5, $5, $5, '',
+                    '', $5)
+            """,
+            authority,
+            serial,
+            tenant_id,
+            device_id,
+            services.clock(),
+        )
+
+    async def listed(number: int) -> list[str]:
+        async with asyncio.timeout(10), database.transaction() as connection:
+            await certificates.take_into_list(connection, authority, services.clock(), number)
+            found = await certificates.listed(connection, authority, None)
+        return sorted(each.serial for each in found)
+
+    async with rival(database) as connection:
+        await connection.execute("UPDATE certificate SET revoked_at = now() WHERE serial = '02'")
+        assert await listed(1) == ["01"]
+    assert await listed(2) == ["01", "02"]

@@ -97,6 +97,10 @@ AGAIN_SECONDS: Final = 1.0
 """After this, what the database could not do is tried again."""
 
 
+UNSERVED_SECONDS: Final = 60.0
+"""So long are the routes of a tenant kept that were read for a message of somebody who has left, such as a will."""
+
+
 _AT_ONCE: Final = 64
 """To so many receivers a message of QoS 0 goes in one step."""
 _AS_ONE_PACKET: Final = 4
@@ -308,6 +312,8 @@ class Broker:
                 if role.ownership is None:
                     for subscription in role.brokered.values():
                         tenant.table.add(subscription.filter, role, _Local(role, subscription))
+            if not tenant.members:
+                self.server.loop.call_later(UNSERVED_SECONDS, self._forget_if_empty, tenant_id)
         for change in changes:
             match change.route:
                 case SessionRoute(session_id, _, kept) as route:

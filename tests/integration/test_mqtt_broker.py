@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from unittest import mock
 
 import pytest
 
@@ -250,3 +251,22 @@ async def test_a_receiver_that_never_reads_loses_its_connection_and_nobody_else_
                 break
         assert sent > 30  # what fits its queue was kept for it
         assert len(mqtt.server.devices.by_key) == 2
+
+
+async def test_the_routes_that_a_will_was_sent_by_are_forgotten_where_nobody_of_its_tenant_is_left(
+    mqtt: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.mqtt.broker.UNSERVED_SECONDS", 0.2)
+    (one,) = await devices(mqtt, 1)
+    broker = mqtt.server.broker
+    kept = Properties(session_expiry_interval=60)
+    delayed = Will("site/gone", b"x", QoS.AT_LEAST_ONCE, True, Properties(will_delay_interval=1))
+    with mock.patch.object(broker, "changed", wraps=broker.changed) as told:
+        async with mqtt.client() as client:
+            await client.connect(one, will=delayed, properties=kept)
+            await client.subscribe("site/#")
+        await until(lambda: sum(call.kwargs["whole"] for call in told.call_args_list) == 2)  # its own, and the will's
+    await until(lambda: not broker.messaging._routes.followed() and not broker._tenants)
+    async with mqtt.client() as client:
+        assert (await client.connect(one, clean_start=False, properties=kept)).session_present
+        assert (await client.message()).payload == b"x"

@@ -101,7 +101,13 @@ class Mqtt(Section, frozen=True, kw_only=True):
         ),
     ] = 64
     client_id_bytes: Annotated[
-        int, Meta(ge=23, le=4_096, description="A client id. The protocol asks for 23; people use UUIDs and names.")
+        int,
+        Meta(
+            ge=23,
+            le=2_048,
+            description="A client id. The protocol asks for 23; people use UUIDs and names. A stored session is found by "
+            "it, in an index that takes no more.",
+        ),
     ] = 256
     topic_bytes: Annotated[
         int,

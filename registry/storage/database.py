@@ -28,6 +28,7 @@ SESSION_SETTINGS = MappingProxyType(
     {
         "timezone": "UTC",
         "default_transaction_isolation": "read committed",
+        "lock_timeout": "0",  # who waits for a row is cut short by the statement's own time, and told "not now"
         "idle_in_transaction_session_timeout": "60s",  # a frozen node must not hold back everybody's feed
         "tcp_keepalives_idle": "10",  # a peer that vanished is noticed before ALIVE_SECONDS are over twice
         "tcp_keepalives_interval": "5",

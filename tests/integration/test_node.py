@@ -15,7 +15,7 @@ from registry.events import TEARDOWN, EventKind
 from registry.model import DeviceId, Identity, PskIdentity, SessionId, TenantId
 from registry.sealing import KeyRing, SealContext
 from registry.secrets import Secret
-from registry.storage import events, nodes
+from registry.storage import devices, events, nodes
 from registry.storage.credentials import NewCredential, insert
 from registry.storage.database import Database
 from tests.nodes import (
@@ -243,6 +243,29 @@ async def test_connections_insist_on_durable_commits(dsn: str, database: Databas
     try:
         async with later.connection() as connection:
             assert await connection.fetchval("SHOW synchronous_commit") == "on"
+    finally:
+        await later.close()
+
+
+async def test_a_database_that_waits_for_no_lock_has_its_rows_waited_for(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    async with database.connection() as connection:
+        name = await connection.fetchval("SELECT current_database()")
+        await connection.execute(f"ALTER DATABASE \"{name}\" SET lock_timeout = '1ms'")
+    later = await Database.open(dsn, size=2)
+
+    async def changed() -> None:
+        async with later.connection() as connection:
+            await connection.execute("UPDATE device SET name = 'changed' WHERE device_id = $1", device_id)
+
+    try:
+        async with database.transaction() as connection:
+            await devices.lock(connection, tenant_id, device_id)
+            changing = asyncio.create_task(changed())
+            await asyncio.wait((changing,), timeout=0.5)
+            assert not changing.done()
+        await changing
     finally:
         await later.close()
 

@@ -396,12 +396,15 @@ class Messaging:
     async def forget_retained(self, tenant_id: TenantId, kept: Sequence[tuple[DeviceId, str]]) -> int:
         """Remove what these devices have retained under these topics, as when a grant is gone; how many there were.
 
-        Raises Unavailable.
+        In chunks: the tenant's row is held meanwhile, and publications wait for it. Raises Unavailable; what was
+        removed by then stays so.
         """
-        if not kept:
-            return 0
-        async with self._database.transaction() as connection:
-            return await storage.remove_retained(connection, [(tenant_id, *each) for each in sorted(set(kept))])
+        gone = [(tenant_id, *each) for each in sorted(set(kept))]
+        total = 0
+        for start in range(0, len(gone), _CHUNK):
+            async with self._database.transaction() as connection:
+                total += await storage.remove_retained(connection, gone[start : start + _CHUNK])
+        return total
 
     async def retained_of_profile(self, tenant_id: TenantId, profile_id: ProfileId) -> list[tuple[DeviceId, str]]:
         """Publisher and topic of what devices of a profile have retained: judge them when its grants change."""
@@ -651,7 +654,8 @@ class Messaging:
                     return  # it is back, and has cleared up itself
                 if await self._sessions.orphan(connection, node_id):
                     continue
-                await messaging_routes.remove_node(connection, node_id)
+                if await messaging_routes.remove_node(connection, node_id, _CHUNK):
+                    continue
                 await storage.remove_node(connection, node_id)
             break
         self._hints.everybody()

@@ -222,24 +222,34 @@ async def put_nodes(
     )
 
 
-async def remove_node(connection: Connection, node_id: NodeId) -> None:
-    """A node is gone, and with it all that lived there."""
-    busy = await connection.fetch(
-        "SELECT DISTINCT tenant_id FROM messaging_route WHERE node_id = $1 AND removed_at IS NULL", node_id
+async def remove_node(connection: Connection, node_id: NodeId, limit: int) -> int:
+    """A node is gone, and what lived there goes: at most `limit` routes at once; how many. Their tenants are held."""
+    rows = await connection.fetch(
+        """
+        SELECT tenant_id, filter, stored, qos FROM messaging_route WHERE node_id = $1 AND removed_at IS NULL LIMIT $2
+        """,
+        node_id,
+        limit,
     )
-    if not busy:
-        return
-    versions = await raise_versions(connection, [row["tenant_id"] for row in busy])
+    if not rows:
+        return 0
+    versions = await raise_versions(connection, {row["tenant_id"] for row in rows})
     await connection.execute(
         """
         UPDATE messaging_route r SET removed_at = now(), version = u.version
-        FROM unnest($2::uuid[], $3::bigint[]) AS u (tenant_id, version)
-        WHERE r.node_id = $1 AND r.tenant_id = u.tenant_id AND r.removed_at IS NULL
+        FROM unnest($2::uuid[], $3::text[], $4::boolean[], $5::smallint[], $6::bigint[])
+             AS u (tenant_id, filter, stored, qos, version)
+        WHERE r.node_id = $1 AND r.tenant_id = u.tenant_id AND r.filter = u.filter AND r.stored = u.stored
+          AND r.qos = u.qos AND r.removed_at IS NULL
         """,
         node_id,
-        list(versions.keys()),
-        list(versions.values()),
+        [row["tenant_id"] for row in rows],
+        [row["filter"] for row in rows],
+        [row["stored"] for row in rows],
+        [row["qos"] for row in rows],
+        [versions[row["tenant_id"]] for row in rows],
     )
+    return len(rows)
 
 
 async def sweep(connection: Connection, limit: int) -> int:

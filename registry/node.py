@@ -67,6 +67,7 @@ class Node:
         self._database = database
         self._sessions = sessions
         self._teardown = teardown
+        self._clock = clock
         self._sweep_seconds = sweep_seconds
         self._incarnation: UUID = uuid4()
         self._started_at = clock()
@@ -173,7 +174,7 @@ class Node:
         for start in range(0, len(seen), _ROWS_AT_ONCE):
             try:
                 async with self._database.connection() as connection:
-                    await nodes.seen(connection, dict(seen[start : start + _ROWS_AT_ONCE]))
+                    await nodes.seen(connection, dict(seen[start : start + _ROWS_AT_ONCE]), self._clock())
             except Unavailable:
                 self._sessions.put_back_seen(dict(seen[start:]))
                 raise

@@ -240,10 +240,11 @@ async def reports(connection: Connection, event_seq: int) -> dict[NodeId, tuple[
     }
 
 
-async def seen(connection: Connection, devices: Mapping[DeviceId, datetime]) -> None:
+async def seen(connection: Connection, devices: Mapping[DeviceId, datetime], now: datetime) -> None:
     """Move `last_seen_at` of these devices forward, but of those that somebody else is changing: their turn comes.
 
-    Ids of live sessions, so across tenants.
+    One that is minutes ahead of `now` was written by a clock that was wrong, and gives way to any other. Ids of live
+    sessions, so across tenants.
     """
     await connection.execute(
         """
@@ -254,8 +255,11 @@ async def seen(connection: Connection, devices: Mapping[DeviceId, datetime]) -> 
             ORDER BY l.device_id
             FOR NO KEY UPDATE OF l SKIP LOCKED
         ) AS s
-        WHERE d.device_id = s.device_id AND (d.last_seen_at IS NULL OR d.last_seen_at < s.at)
+        WHERE d.device_id = s.device_id
+          AND (d.last_seen_at IS NULL OR d.last_seen_at < s.at
+               OR d.last_seen_at > $3::timestamptz + interval '5 minutes')
         """,
         list(devices.keys()),
         list(devices.values()),
+        now,
     )

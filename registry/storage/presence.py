@@ -66,14 +66,20 @@ async def move(connection: Connection, came: Mapping[Place, TenantId], left: Seq
 
 
 async def set_statuses(connection: Connection, online: Mapping[DeviceId, bool], now: datetime) -> None:
-    """What being connected, or not, says about devices' statuses; no other status is touched (CONTRACT §2)."""
+    """What being connected, or not, says about devices' statuses; no other status is touched (CONTRACT §2).
+
+    When one was seen moves forward, unless it is minutes ahead of `now`: that was a clock that was wrong.
+    """
     await connection.execute(
         """
         UPDATE device d
         SET status = CASE WHEN u.online AND d.status IN ('registered', 'offline') THEN 'active'
                           WHEN NOT u.online AND d.status = 'active' THEN 'offline'
                           ELSE d.status END,
-            last_seen_at = greatest(d.last_seen_at, CASE WHEN u.online THEN $3::timestamptz END)
+            last_seen_at = CASE WHEN NOT u.online THEN d.last_seen_at
+                                WHEN d.last_seen_at <= $3::timestamptz + interval '5 minutes'
+                                THEN greatest(d.last_seen_at, $3)
+                                ELSE $3 END
         FROM unnest($1::uuid[], $2::boolean[]) AS u (device_id, online)
         WHERE d.device_id = u.device_id
         """,

@@ -181,6 +181,21 @@ async def test_when_a_device_was_seen_is_written_when_the_database_is_back(
             assert await connection.fetchval("SELECT last_seen_at FROM device") == session.opened_at
 
 
+async def test_when_a_device_was_seen_is_not_held_by_a_clock_that_was_ahead(
+    dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    _, key = await issue_key(database, tenant_id, device_id)
+    async with running_node(dsn, "a", RING, run=False) as a, database.connection() as connection:
+        for ahead, stays in ((timedelta(days=365), False), (timedelta(seconds=2), True)):
+            session, _ = await a.connect(key)
+            a.sessions.ended(session)
+            before = session.opened_at + ahead
+            await connection.execute("UPDATE device SET last_seen_at = $1", before)
+            await a.node._write_seen()
+            seen = await connection.fetchval("SELECT last_seen_at FROM device")
+            assert seen == (before if stays else session.opened_at)
+
+
 @pytest.mark.alone
 async def test_peers_that_do_not_answer_expire_together_within_one_deadline(
     dsn: str, database: Database, tenant_id: TenantId, device_id: DeviceId

@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -81,6 +82,19 @@ def session(tenant_id: TenantId, device_id: DeviceId) -> Session:
     identity = Identity(tenant_id, device_id, CredentialId(uuid4()), CredentialKind.X509, None, None)
     contact = Contact(Transport.MQTT, "192.0.2.7:40000", "corr-9")
     return Session(SessionId(uuid4()), identity, contact, NOON, WatchedCloser(), live=True)
+
+
+@pytest.mark.parametrize("ahead", [timedelta(days=1), timedelta(seconds=1)])
+async def test_when_it_was_seen_is_not_held_by_a_clock_that_was_ahead(
+    world: World, tenant_id: TenantId, device_id: DeviceId, ahead: timedelta
+) -> None:
+    one = await world.node("one")
+    before = world.clock.now + ahead
+    await world.run("UPDATE device SET last_seen_at = $2 WHERE device_id = $1", device_id, before)
+    one.connected(session(tenant_id, device_id))
+    await one.flush()
+    (row,) = await world.run("SELECT last_seen_at FROM device WHERE device_id = $1", device_id)
+    assert row["last_seen_at"] == (world.clock.now if ahead > timedelta(minutes=5) else before)
 
 
 async def test_a_device_is_active_while_it_is_connected_and_offline_afterwards(

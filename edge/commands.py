@@ -291,19 +291,18 @@ async def show_device(config: Config, device_id: DeviceId, tenant: str | None, *
 async def revoke_device(
     config: Config, device_id: DeviceId, credential_id: CredentialId | None, tenant: str | None, *, as_json: bool
 ) -> None:
-    """End one credential of a device, or every living one, and say which sessions were closed."""
+    """End one credential of a device, or all that it can do anything with, and say which sessions were closed."""
     actor = cli_actor()
     async with _core(config) as core:
         device = await _find_device(core.registry, device_id, tenant)
-        chosen = [credential_id] if credential_id is not None else await _living(core.registry, device)
+        credentials = core.registry.credentials
         receipts: list[Receipt] = []
-        while chosen:
-            receipts += [
-                await core.registry.credentials.revoke(device.tenant_id, device.device_id, each, actor)
-                for each in chosen
-            ]
-            # The device may have renewed one of them before its turn came.
-            chosen = [] if credential_id is not None else await _living(core.registry, device)
+        if credential_id is not None:
+            receipts.append(await credentials.revoke(device.tenant_id, device.device_id, credential_id, actor))
+        else:  # again, until none is left: the device may have renewed one of them before its turn came
+            while chosen := await credentials.usable(device.tenant_id, device.device_id):
+                for each in chosen:
+                    receipts.append(await credentials.revoke(device.tenant_id, device.device_id, each, actor))
     if as_json:
         show_json(receipt_document(device.device_id, receipts))
         return
@@ -325,7 +324,7 @@ def receipt_document(device_id: DeviceId, receipts: Sequence[Receipt]) -> Json:
 
 def _show_receipts(device: Device, receipts: Sequence[Receipt]) -> None:
     if not receipts:
-        show_text(f"nothing to revoke: {device.device_id} ({plain(device.name)}) has no living credential")
+        show_text(f"nothing to revoke: {device.device_id} ({plain(device.name)}) has no credential that is good")
         return
     for receipt in receipts:
         show_text(f"revoked {receipt.credential_id} at {shown_time(receipt.revoked_at)}")
@@ -493,12 +492,6 @@ async def _credentials(registry: Registry, device: Device) -> AsyncIterator[Cred
         cursor = listing.next_cursor
         if cursor is None:
             return
-
-
-async def _living(registry: Registry, device: Device) -> list[CredentialId]:
-    now = registry.clock()
-    every = [each async for each in _credentials(registry, device)]
-    return [each.credential_id for each in every if _state(each, now) not in ("revoked", "expired")]
 
 
 async def _find_device(registry: Registry, device_id: DeviceId, tenant: str | None) -> Device:

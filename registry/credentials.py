@@ -311,7 +311,7 @@ class Credentials:
             device = _past_pending(await devices.lock(connection, tenant_id, device_id))
             if kind is not (request.credential_type or device.credential_type):
                 raise Unavailable("the device's credential type has just changed; try again")
-            plan = plan_rotation(await credentials.living(connection, tenant_id, [device_id], now), now, overlap)
+            plan = plan_rotation(await _to_retire(connection, device, now, overlap), now, overlap)
             issued = await self._issue_successor(connection, device, kind, plan, prepared, now)
             if kind is not device.credential_type:
                 await devices.set_credential_type(connection, tenant_id, device_id, kind, now)
@@ -324,6 +324,12 @@ class Credentials:
         self._feed.hint()
         receipts = await asyncio.gather(*(self._teardown.complete(each) for each in ended))
         return Rotated(issued, plan.retired, plan.valid_until(now), receipts)
+
+    async def usable(self, tenant_id: TenantId, device_id: DeviceId) -> Sequence[CredentialId]:
+        """The credentials that the device can do anything with, if only renew them; oldest first."""
+        async with self._database.connection() as connection:
+            found = await credentials.usable(connection, tenant_id, [device_id], self._clock())
+        return [each.credential_id for each in found]
 
     async def revoke(
         self,
@@ -558,12 +564,19 @@ async def _record_issue(
     )
 
 
+async def _to_retire(connection: Connection, device: Device, now: datetime, overlap: timedelta) -> list[Credential]:
+    """What a rotation concerns. One without overlap is made because somebody else may have the old ones: it ends what
+    may still renew itself, too."""
+    find = credentials.living if overlap else credentials.usable
+    return await find(connection, device.tenant_id, [device.device_id], now)
+
+
 async def _retire_for(
     connection: Connection, device: Device, new: NewCredential, now: datetime, overlap: timedelta, actor: Actor
 ) -> list[Ended]:
     """Make `new`'s type the device's, and retire what the device had; what ended at once."""
-    living = await credentials.living(connection, device.tenant_id, [device.device_id], now)
-    plan = plan_rotation([each for each in living if each.credential_id != new.credential_id], now, overlap)
+    present = await _to_retire(connection, device, now, overlap)
+    plan = plan_rotation([each for each in present if each.credential_id != new.credential_id], now, overlap)
     await devices.set_credential_type(connection, device.tenant_id, device.device_id, new.kind, now)
     for old, end in plan.lingering:
         await credentials.supersede(connection, device.tenant_id, old.credential_id, new.credential_id, end, False)

@@ -302,8 +302,8 @@ class Templates:
                 connection, template.tenant_id, template.template_id, after, DEVICES_AT_ONCE
             )
             device_ids = [device_id for _, device_id in chunk]
-            living = await credentials.living(connection, template.tenant_id, device_ids, now)
-            ended = await end_all(connection, living, now, "template's devices revoked", actor)
+            usable = await credentials.usable(connection, template.tenant_id, device_ids, now)
+            ended = await end_all(connection, usable, now, "template's devices revoked", actor)
         if ended:
             self._feed.hint()
         return chunk, ended

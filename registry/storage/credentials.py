@@ -123,6 +123,28 @@ async def living(
     return [_credential(row) for row in rows]
 
 
+async def usable(
+    connection: Connection, tenant_id: TenantId, device_ids: list[DeviceId], now: datetime
+) -> list[Credential]:
+    """The living credentials of these devices, and those that are good for nothing but a successor: certificates of
+    ours that have ended by their own date. For how long that is nodes are told by their configuration, which may
+    change; who revokes means all of them. Oldest first."""
+    rows = await connection.fetch(
+        f"""
+        SELECT {_COLUMNS} FROM credential c
+        WHERE tenant_id = $1 AND device_id = ANY ($2::uuid[]) AND revoked_at IS NULL
+          AND (expires_at IS NULL OR expires_at > $3 OR EXISTS (
+               SELECT FROM certificate own
+               WHERE own.credential_id = c.credential_id AND own.not_after <= c.expires_at))
+        ORDER BY created_at, credential_id
+        """,  # noqa: S608  # the columns are a constant of this file
+        tenant_id,
+        device_ids,
+        now,
+    )
+    return [_credential(row) for row in rows]
+
+
 async def unused(
     connection: Connection, tenant_id: TenantId, device_id: DeviceId, now: datetime, limit: int
 ) -> list[UnusedSecret]:

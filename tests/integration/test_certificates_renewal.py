@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from registry.credentials import RotateRequest
 from registry.devices import DeviceChanges, NewDevice
 from registry.enrolment import MAX_PER_HOUR
 from registry.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unauthenticated
+from registry.hardware_id import PatternCache
 from registry.model import (
     ClientCertificate,
     CredentialKind,
@@ -27,6 +29,7 @@ from registry.ports import IssuedCertificate, PreparedIssue
 from registry.registration_tokens import Provisioned
 from registry.storage import credentials
 from registry.storage.database import Database
+from registry.templates import NewTemplate, Templates
 from tests.certificate_services import CertificateServices, DeviceKey, der, leaf, right, verify
 from tests.services import CONTACT, NOON, OPERATOR
 
@@ -269,6 +272,47 @@ async def test_the_grace_is_not_for_what_was_ended_by_somebody(
             await door(services, each.issued)
         reasons.append(refused.value.reason)
     assert reasons == ["credential revoked", "credential expired", "device inactive", "unknown x509"]
+
+
+@pytest.mark.parametrize("how", ["one by one", "with its template", "by a rotation at once"])
+async def test_who_revokes_all_that_a_device_has_means_what_has_just_expired_too(
+    services: CertificateServices, tenant_id: TenantId, how: str
+) -> None:
+    """Else whoever has stolen it comes back with its successor."""
+    templates = Templates(
+        services.database,
+        key_ring=services.ring,
+        clock=services.clock,
+        random=os.urandom,
+        feed=services.bell,
+        teardown=services.doors,
+        patterns=PatternCache(),
+    )
+    made = await templates.create(tenant_id, NewTemplate("T"), OPERATOR)
+    done, key = await services.provisioned(tenant_id), DeviceKey.new()
+    async with services.database.connection() as connection:
+        await connection.execute("UPDATE device SET template_id = $1", made.template.template_id)
+    services.clock.advance(seconds=1)
+    await services.credentials.rotate(
+        tenant_id, done.device_id, RotateRequest(overlap_seconds=60, csr=key.csr()), OPERATOR
+    )
+    ended_early, latest = await services.credentials.usable(tenant_id, done.device_id)
+    assert ended_early == done.issued.credential_id
+    services.clock.now = done.issued.not_after + timedelta(days=1)
+    assert await services.credentials.usable(tenant_id, done.device_id) == [latest]
+
+    match how:
+        case "one by one":
+            await services.credentials.revoke(tenant_id, done.device_id, latest, OPERATOR)
+        case "with its template":
+            await templates.revoke_devices(tenant_id, made.template.template_id, OPERATOR)
+        case _:
+            await services.credentials.rotate(
+                tenant_id, done.device_id, RotateRequest(overlap_seconds=0, csr=DeviceKey.new().csr()), OPERATOR
+            )
+    rows = await services.rows("SELECT credential_id, revoked_at FROM credential WHERE revoked_at IS NOT NULL")
+    assert [(row["credential_id"], row["revoked_at"]) for row in rows] == [(latest, services.clock.now)]
+    assert latest not in await services.credentials.usable(tenant_id, done.device_id)
 
 
 async def test_a_right_ends_with_the_revocation_that_comes_before_its_use(

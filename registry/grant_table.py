@@ -97,7 +97,10 @@ class GrantTable:
         self._devices.clear()
 
     async def refresh(self) -> list[tuple[TenantId, ProfileId]]:
-        """Compare what is remembered with the store; the profiles whose grants have changed. Raises Unavailable."""
+        """Compare what is remembered with the store; the profiles whose grants have changed. Raises Unavailable.
+
+        Profiles that are gone are remembered no more.
+        """
         known = dict(self._profiles)
         if not known:
             return []
@@ -109,6 +112,8 @@ class GrantTable:
             if after != before and self._profiles.get(key) is before:  # else somebody has read it since
                 self._profiles[key] = after
                 changed.append(key)
+            if key not in rows and not self._profiles.get(key):
+                self._profiles.pop(key, None)
         if changed:
             self._changes += 1
         return changed

@@ -149,3 +149,23 @@ async def test_the_feed_forgets_devices_and_drops_what_was_revoked(
     await broker.messaging.settled()
     await broker.pull()
     assert broker.evictions == [served.ownership]
+
+
+async def test_a_profile_that_is_gone_is_remembered_no_more(
+    database: Database, tenant_id: TenantId, device_id: DeviceId
+) -> None:
+    table = GrantTable(database)
+    await put_profile(database, tenant_id, ALARMS)
+    await give_profile(database, device_id, PROFILE)
+    assert (await table.of_device(tenant_id, device_id)).grants == parse_grants(ALARMS)
+    await give_profile(database, device_id, None)
+    async with database.connection() as connection:
+        await connection.execute("DELETE FROM device_profile WHERE profile_id = $1", PROFILE)
+    assert await table.refresh() == [(tenant_id, PROFILE)]
+    assert await table.refresh() == []
+    assert not table._profiles
+    assert (await table.of_device(tenant_id, device_id)).grants == ()
+    await put_profile(database, tenant_id, ALARMS)
+    await give_profile(database, device_id, PROFILE)
+    table.forget_device(device_id)  # as the feed says
+    assert (await table.of_device(tenant_id, device_id)).grants == parse_grants(ALARMS)

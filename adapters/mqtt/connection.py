@@ -121,6 +121,12 @@ _LEGAL: Final[dict[State, frozenset[PacketType]]] = {
     State.CLOSED: frozenset(),
 }
 
+_IN_CONNACK: Final[dict[ReasonCode, ReasonCode]] = {
+    # What only DISCONNECT may say (5.0 §3.2.2.2), to a client that is not accepted yet: it is to come back.
+    ReasonCode.SERVER_SHUTTING_DOWN: ReasonCode.SERVER_UNAVAILABLE,
+    ReasonCode.SESSION_TAKEN_OVER: ReasonCode.SERVER_UNAVAILABLE,
+}
+
 
 class Connection:
     """One network connection. Times are seconds on the caller's clock; nothing raises for the peer's faults."""
@@ -661,6 +667,7 @@ class Connection:
         """CONNACK with a failure, where the version has one for it. 5.0 §4.13.2, 3.1.1 [MQTT-3.2.2-6]."""
         if self._connect is None or self.version is None:
             return
+        reason = _IN_CONNACK.get(reason, reason)
         if self.version is Version.V5:
             spoken = reason if reason in REASONS_OF[PacketType.CONNACK] else ReasonCode.UNSPECIFIED_ERROR
             self._send(Connack(False, spoken, reason_string(text)), now)

@@ -51,9 +51,12 @@ def test_connect_is_decided_outside_and_nothing_is_read_before() -> None:
     ("version", "reason", "expected"),
     [
         (V5, R.NOT_AUTHORIZED, [Connack(False, R.NOT_AUTHORIZED)]),
-        (V5, R.SERVER_SHUTTING_DOWN, [Connack(False, R.UNSPECIFIED_ERROR)]),
+        (V5, R.SERVER_SHUTTING_DOWN, [Connack(False, R.SERVER_UNAVAILABLE)]),
+        (V5, R.SESSION_TAKEN_OVER, [Connack(False, R.SERVER_UNAVAILABLE)]),
+        (V5, R.DISCONNECT_WITH_WILL, [Connack(False, R.UNSPECIFIED_ERROR)]),
         (V311, R.NOT_AUTHORIZED, [Connack(False, R.NOT_AUTHORIZED)]),
         (V311, R.SERVER_BUSY, [Connack(False, R.SERVER_UNAVAILABLE)]),
+        (V311, R.SERVER_SHUTTING_DOWN, [Connack(False, R.SERVER_UNAVAILABLE)]),
         (V311, R.IMPLEMENTATION_SPECIFIC_ERROR, []),
     ],
 )

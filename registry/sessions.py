@@ -238,7 +238,7 @@ class SessionTable:
         closing: list[asyncio.Task[float]] = []
         for start in range(0, len(sessions), _CLOSING_AT_ONCE):
             part = sessions[start : start + _CLOSING_AT_ONCE]
-            closing += [asyncio.create_task(self._close_one(s, reason)) for s in part]
+            closing += [asyncio.create_task(self._close_one(s, s.closer, reason)) for s in part]
             await asyncio.sleep(0)  # all deadlines run at once, and the others get their turns in between
         for session, task in zip(sessions, closing, strict=True):
             after = age_seconds + max(0.0, await task - learned)
@@ -339,8 +339,7 @@ class SessionTable:
             heapq.heapify(self._expiries)
         heapq.heappush(self._expiries, (session.identity.expires_at, session.session_id.int, session.session_id))
 
-    async def _close_one(self, session: Session, reason: str) -> float:
-        closer = session.closer
+    async def _close_one(self, session: Session, closer: Closer, reason: str) -> float:
         try:
             async with asyncio.timeout(self._polite_seconds):
                 await closer.close(reason)

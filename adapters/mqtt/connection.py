@@ -92,6 +92,9 @@ from adapters.mqtt.wire_reasons import (
     violation,
 )
 
+_DECIDED_WITHIN: Final = 60.0
+"""Seconds for judging a CONNECT: more than a database that is away, and a session on another node, take together."""
+
 
 class State(Enum):
     """Where a connection stands."""
@@ -301,7 +304,10 @@ class Connection:
             self._partial_since = None if self._partial_since is None else now
         for at, reason, text in self._due():
             if at <= now:
-                self._end(now, Cause.TIMEOUT, reason, text)
+                if self.state is State.DECIDING:
+                    self._refuse(reason, now, Cause.TIMEOUT, text)
+                else:
+                    self._end(now, Cause.TIMEOUT, reason, text)
                 return
 
     # The server's answers -------------------------------------------------------------------------------------------
@@ -716,6 +722,9 @@ class Connection:
         if self.state is State.AWAITING_CONNECT:
             at = self._opened_at + limits.connect_timeout
             due.append((at, ReasonCode.MAXIMUM_CONNECT_TIME, "no CONNECT in time"))
+        if self.state is State.DECIDING:  # a net: whoever decides has time limits of its own
+            at = self._heard_at + _DECIDED_WITHIN
+            due.append((at, ReasonCode.SERVER_UNAVAILABLE, "CONNECT was not decided"))
         if self.state is not State.OPEN:
             return due
         if self._keep_alive:

@@ -221,6 +221,23 @@ def test_response_information_is_for_those_who_ask(asked: int) -> None:
     assert connack.properties.response_information == ("answers/c" if asked else None)
 
 
+@BOTH
+def test_a_connect_that_nobody_decides_ends(version: Version) -> None:
+    peer = Peer(version)
+    connect = Connect(version, "c", True)
+    assert peer.sends(connect) == [ConnectRequested(connect)]
+    due = peer.connection.next_timer()
+    assert due is not None
+    peer.connection.tick(due - 0.1)
+    assert peer.events() == []
+    peer.connection.tick(due)
+    (event,) = peer.events()
+    assert isinstance(event, Ended)
+    assert (event.cause, event.reason) == (Cause.TIMEOUT, R.SERVER_UNAVAILABLE)
+    assert [each.reason for each in peer.gets() if isinstance(each, Connack)] == [R.SERVER_UNAVAILABLE]
+    assert peer.connection.closed
+
+
 def test_a_connect_that_is_too_large_is_refused_from_its_header() -> None:
     connection = Connection(LIMITS, 0)
     connection.receive(b"\x10\xff\xff\x7f", 0)

@@ -105,8 +105,8 @@ class Mqtt(Section, frozen=True, kw_only=True):
         Meta(
             ge=23,
             le=2_048,
-            description="A client id. The protocol asks for 23; people use UUIDs and names. A stored session is found by "
-            "it, in an index that takes no more.",
+            description="A client id. The protocol asks for 23; people use UUIDs and names. A stored session is found "
+            "by it, in an index that takes no more.",
         ),
     ] = 256
     topic_bytes: Annotated[

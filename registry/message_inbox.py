@@ -36,7 +36,7 @@ from collections.abc import Collection, Sequence
 import msgspec
 from asyncpg import Record
 
-from registry.messaging_values import Arrival, OutcomeOpen, Ownership, Router, StoredSessionId
+from registry.messaging_values import Arrival, Eviction, OutcomeOpen, Ownership, Router, StoredSessionId
 from registry.model import NodeId
 from registry.pacing import Pace
 from registry.storage import messaging as storage
@@ -141,8 +141,8 @@ class MessageInbox:
 
     async def _hear(self, connection: Connection) -> None:
         word = await sessions.word_for(connection, self._node_id)
-        for ownership, full in word.evicted:
-            self._router.evicted(ownership, full=full)
+        for ownership, why in word.evicted:
+            self._router.evicted(ownership, why=why)
         for key, number in word.taken:
             self._router.taken(key, number)
         if word.evicted or word.taken:
@@ -193,7 +193,7 @@ class MessageInbox:
             taken = await self._record(reserved)
         except (OutcomeOpen, asyncio.CancelledError):  # the loop may go on anew; what it had committed is not known
             for ownership in {ownership for _, ownership, _ in reserved}:
-                self._router.evicted(ownership)  # whoever takes the session next finds what was stored
+                self._router.evicted(ownership, why=Eviction.LOST)
             raise
         except BaseException:
             for _, ownership, packet_id in reserved:
@@ -207,7 +207,7 @@ class MessageInbox:
                 self._router.queued(ownership, queued_of(row, packet_id))
             except Exception:  # its packet id is recorded, and nobody is to use it for anything else
                 log.exception("messaging.queued_not_handled")
-                self._router.evicted(ownership)
+                self._router.evicted(ownership, why=Eviction.LOST)
 
     async def _record(self, reserved: Sequence[tuple[Record, Ownership, int]]) -> set[tuple[StoredSessionId, int]]:
         async with certain_transaction(self._database) as connection:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Final, NewType, Protocol
 
 from registry.errors import FailedPrecondition, ResourceExhausted, Unavailable
@@ -330,6 +331,17 @@ class Retained:
     message: Message
 
 
+class Eviction(Enum):
+    """Why a session is its owner's no more."""
+
+    TAKEN = auto()
+    """By its client, over another node; or it was dropped."""
+    FULL = auto()
+    """It was ended, because its queue stayed full."""
+    LOST = auto()
+    """The owner was taken for dead, or cannot know what is stored: whoever takes it next finds that."""
+
+
 class Router(Protocol):
     """What the adapter does for the store. Every call is synchronous, quick, and must not raise;
     what does raise costs its own publication or session only."""
@@ -371,10 +383,9 @@ class Router(Protocol):
         """A relayed message for sessions of this node. Called once for each, in the order of one sender; in steps, as
         `committed`."""
 
-    def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
-        """The session was taken over elsewhere, dropped, or its memory may differ from the store: close its connection
-        at once and publish no will from memory. `release` it as after any loss; `SessionLost` is then no surprise.
-        `full`: it was ended because its queue stayed full."""
+    def evicted(self, ownership: Ownership, *, why: Eviction = Eviction.TAKEN) -> None:
+        """The session is this node's no more, or its memory may differ from the store: close its connection at once and
+        publish no will from memory. `release` it as after any loss; `SessionLost` is then no surprise."""
 
     def taken(self, key: SessionKey, number: int) -> None:
         """This client has connected to another node, in a taking of this number: close an older connection here, also

@@ -48,6 +48,7 @@ from registry.message_inbox import MessageInbox
 from registry.message_routes import RETRY_PAUSES, MessageRoutes
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import (
+    Eviction,
     Incoming,
     Message,
     OutcomeOpen,
@@ -315,7 +316,7 @@ class Publishing:
             if r.reserved is not None
         }
         for ownership in reserved:
-            self._router.evicted(ownership)
+            self._router.evicted(ownership, why=Eviction.LOST)
 
     async def _hand_out(self, items: Sequence[_Item], batch: _Batch) -> None:
         """Whoever is cancelled here hands out the rest at once; a stored session would find it in its queue, a live one

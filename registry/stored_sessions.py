@@ -41,7 +41,7 @@ from registry.errors import NotFound, ResourceExhausted
 from registry.events import EventKind, NewEvent
 from registry.full_queues import Standstill
 from registry.messaging_limits import MessagingLimits
-from registry.messaging_values import Opening, Ownership, SessionKey, SessionLost, StoredSessionId, Taken
+from registry.messaging_values import Eviction, Opening, Ownership, SessionKey, SessionLost, StoredSessionId, Taken
 from registry.model import Actor, DeviceId, NodeId, Transport
 from registry.storage import events
 from registry.storage import messaging_sessions as storage
@@ -233,9 +233,8 @@ class StoredSessions:
                 return False
             await storage.finish_wills(connection, [session.session_id], self._clock())
             if session.node_id is not None:
-                await storage.evict(
-                    connection, session.node_id, Ownership(session.session_id, session.epoch), full=True
-                )
+                owned = Ownership(session.session_id, session.epoch)
+                await storage.evict(connection, session.node_id, owned, why=Eviction.FULL)
             await storage.remove(connection, {session.session_id: session.key.tenant_id})
             data = {
                 "reason": "queue stayed full",

@@ -16,6 +16,7 @@ from registry.messaging import Messaging
 from registry.messaging_limits import MessagingLimits
 from registry.messaging_values import (
     Arrival,
+    Eviction,
     Incoming,
     Message,
     NodeRoute,
@@ -266,8 +267,8 @@ class Broker:
         self.arrivals.append(arrival)
         yield
 
-    def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
-        (self.full if full else self.evictions).append(ownership)
+    def evicted(self, ownership: Ownership, *, why: Eviction = Eviction.TAKEN) -> None:
+        (self.full if why is Eviction.FULL else self.evictions).append(ownership)
         served = self.served.get(ownership.session_id)
         if served is not None and served.ownership == ownership:
             del self.served[ownership.session_id]

@@ -33,7 +33,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 from adapters.mqtt.authorization import (
     Brokered,
@@ -67,6 +67,7 @@ from registry.errors import RegistryError, ResourceExhausted, Unavailable
 from registry.messaging import Messaging
 from registry.messaging_values import (
     Arrival,
+    Eviction,
     Incoming,
     NodeRoute,
     Ownership,
@@ -424,18 +425,23 @@ class Broker:
                 plan.local.setdefault(chosen[0], []).append(chosen[1])
         yield from self._give_local(plan)
 
-    def evicted(self, ownership: Ownership, *, full: bool = False) -> None:
+    def evicted(self, ownership: Ownership, *, why: Eviction = Eviction.TAKEN) -> None:
         role = self._served.get(ownership.session_id)
         if role is None:
             self.server.devices.evicted_early(ownership)
             return
         if role.held != ownership or not role.peer.alive:  # the same word may come twice
             return
-        if full:  # its will is the store's
-            self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)
-        else:
-            self.server.counters.taken_over += 1
-            self._end_soon(role, ReasonCode.SESSION_TAKEN_OVER)
+        match why:  # its will is the store's
+            case Eviction.FULL:
+                self._end_soon(role, ReasonCode.QUOTA_EXCEEDED)
+            case Eviction.LOST:
+                self._end_soon(role, ReasonCode.SERVER_BUSY)
+            case Eviction.TAKEN:
+                self.server.counters.taken_over += 1
+                self._end_soon(role, ReasonCode.SESSION_TAKEN_OVER)
+            case _:
+                assert_never(why)
 
     def taken(self, key: SessionKey, number: int) -> None:
         self.server.devices.taken_elsewhere((key.tenant_id, key.device_id, key.client_id), number)

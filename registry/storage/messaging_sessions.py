@@ -13,6 +13,7 @@ from uuid import UUID
 from asyncpg import Record
 
 from registry.messaging_values import (
+    Eviction,
     Message,
     Opening,
     Ownership,
@@ -224,17 +225,20 @@ async def seize(
     return row["epoch"], row["number"]
 
 
-async def evict(connection: Connection, node_id: NodeId, ownership: Ownership, *, full: bool = False) -> None:
-    """Leave word for an owner that it owns no more; `full`: because the queue stayed full."""
+async def evict(
+    connection: Connection, node_id: NodeId, ownership: Ownership, *, why: Eviction = Eviction.TAKEN
+) -> None:
+    """Leave word for an owner that it owns no more."""
     await connection.execute(
         """
-        INSERT INTO messaging_eviction (node_id, session_id, epoch, full_queue) VALUES ($1, $2, $3, $4)
+        INSERT INTO messaging_eviction (node_id, session_id, epoch, full_queue, orphaned) VALUES ($1, $2, $3, $4, $5)
         ON CONFLICT DO NOTHING
         """,
         node_id,
         ownership.session_id,
         ownership.epoch,
-        full,
+        why is Eviction.FULL,
+        why is Eviction.LOST,
     )
 
 
@@ -242,8 +246,7 @@ async def evict(connection: Connection, node_id: NodeId, ownership: Ownership, *
 class Word:
     """What was left for a node."""
 
-    evicted: tuple[tuple[Ownership, bool], ...]
-    """Each with whether its queue stayed full."""
+    evicted: tuple[tuple[Ownership, Eviction], ...]
     taken: tuple[tuple[SessionKey, int], ...]
     """Connections that came elsewhere, each with the number of its taking."""
 
@@ -252,22 +255,29 @@ async def word_for(connection: Connection, node_id: NodeId) -> Word:
     """What word there is for a node, until `remove_word`: a reader that dies on the way reads it again."""
     rows = await connection.fetch(
         """
-        SELECT session_id, epoch, full_queue,
+        SELECT session_id, epoch, full_queue, orphaned,
                NULL::bigint AS number, NULL::uuid AS tenant_id, NULL::uuid AS device_id, NULL::text AS client_id
         FROM messaging_eviction WHERE node_id = $1
         UNION ALL
-        SELECT NULL, NULL, NULL, number, tenant_id, device_id, client_id FROM messaging_takeover WHERE node_id = $1
+        SELECT NULL, NULL, NULL, NULL, number, tenant_id, device_id, client_id
+        FROM messaging_takeover WHERE node_id = $1
         """,
         node_id,
     )
     return Word(
-        tuple((Ownership(r["session_id"], r["epoch"]), r["full_queue"]) for r in rows if r["number"] is None),
+        tuple((Ownership(r["session_id"], r["epoch"]), _why(r)) for r in rows if r["number"] is None),
         tuple(
             (SessionKey(r["tenant_id"], r["device_id"], r["client_id"]), r["number"])
             for r in rows
             if r["number"] is not None
         ),
     )
+
+
+def _why(row: Record) -> Eviction:
+    if row["full_queue"]:
+        return Eviction.FULL
+    return Eviction.LOST if row["orphaned"] else Eviction.TAKEN
 
 
 async def remove_word(connection: Connection, node_id: NodeId, word: Word) -> None:
@@ -486,8 +496,8 @@ async def orphan(connection: Connection, node_id: NodeId, now: float, limit: int
     )
     await connection.execute(
         """
-        INSERT INTO messaging_eviction (node_id, session_id, epoch)
-        SELECT $1, * FROM unnest($2::bigint[], $3::bigint[]) ON CONFLICT DO NOTHING
+        INSERT INTO messaging_eviction (node_id, session_id, epoch, orphaned)
+        SELECT $1, *, true FROM unnest($2::bigint[], $3::bigint[]) ON CONFLICT DO NOTHING
         """,
         node_id,
         sessions,

@@ -15,7 +15,8 @@ from adapters.mqtt.session import Session
 from adapters.mqtt.wire_packets import Connack, Connect, Disconnect, Publish, QoS, Will
 from adapters.mqtt.wire_reasons import LocalProtocolError, ReasonCode, Version
 from registry.errors import Unavailable
-from registry.messaging_values import Opening, OutcomeOpen, Ownership, Published, Routing, SessionKey, Taken
+from registry.messaging_values import Eviction, Opening, OutcomeOpen, Ownership, Published, Routing, SessionKey, Taken
+from registry.storage import messaging_sessions
 from tests.http_api import Api, api, running_api
 from tests.mqtt_devices import KEEP, devices, silent
 from tests.mqtt_server import Client, Device, Gone, Running, serving_mqtt
@@ -288,8 +289,8 @@ async def test_a_kept_session_that_is_overtaken_before_its_taking_is_answered_en
             await gate.wait()
             return answer
 
-        def evicted(ownership: Ownership, *, full: bool = False) -> None:
-            tell(ownership, full=full)
+        def evicted(ownership: Ownership, *, why: Eviction = Eviction.TAKEN) -> None:
+            tell(ownership, why=why)
             told.set()
 
         monkeypatch.setattr(messaging, "take", answered_late)
@@ -304,3 +305,19 @@ async def test_a_kept_session_that_is_overtaken_before_its_taking_is_answered_en
             await silent(quick)
         await until_idle(here)
         assert here.server.devices._evicted_early == {}
+
+
+async def test_the_clients_of_a_node_that_was_taken_for_dead_are_told_to_come_back(mqtt: Running) -> None:
+    """Nobody has taken their places: there are clients that do not connect again where somebody has."""
+    (one,) = await devices(mqtt, 1)
+    messaging = mqtt.server.broker.messaging
+    async with mqtt.client() as client:
+        await client.connect(one, clean_start=False, properties=KEEP)
+        async with mqtt.api.database.transaction() as connection:
+            assert await messaging_sessions.orphan(connection, messaging.node_id, mqtt.server.now(), 10) == 1
+        messaging._inbox.wake()
+        assert (await client.expect(Disconnect)).reason is ReasonCode.SERVER_BUSY
+    assert mqtt.server.counters.taken_over == 0
+    async with mqtt.client() as client:
+        connack = await client.connect(one, clean_start=False, properties=KEEP)
+        assert connack.session_present

@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+import pytest
+
 from adapters.mqtt.topics import Subscriptions, parse_filter, parse_name
 from registry.messaging import Messaging
 from registry.messaging_limits import MessagingLimits
@@ -296,3 +298,25 @@ async def broker_on(
     finally:
         await broker.messaging.stop()
         await database.close()
+
+
+@pytest.fixture
+def clock() -> Seconds:
+    return Seconds()
+
+
+@pytest.fixture
+async def broker(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
+    async with broker_on(dsn, "a", clock) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def other(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
+    async with broker_on(dsn, "b", clock) as opened:
+        yield opened
+
+
+@pytest.fixture
+def key(tenant_id: TenantId, device_id: DeviceId) -> SessionKey:
+    return SessionKey(tenant_id, device_id, "client")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Literal
 from uuid import UUID
 
 from asyncpg import Record
@@ -89,27 +90,35 @@ async def remove_dead(connection: Connection) -> None:
     await connection.execute(
         "DELETE FROM node WHERE heartbeat_at < clock_timestamp() - make_interval(secs => $1)", FORGET_SECONDS
     )
-    # A step through the index for each node, not a look at every session: every node asks this every two seconds.
-    rows = await connection.fetch(
-        """
-        WITH RECURSIVE holder AS (
-            SELECT min(node_id) AS node_id FROM session
-            UNION ALL
-            SELECT (SELECT min(s.node_id) FROM session s WHERE s.node_id > holder.node_id)
-            FROM holder WHERE holder.node_id IS NOT NULL
-        )
-        SELECT h.node_id FROM holder h
-        WHERE h.node_id IS NOT NULL AND NOT EXISTS (SELECT FROM node n WHERE n.node_id = h.node_id)
-        """
-    )
-    for row in rows:  # one that comes back this very moment finds its mirror smaller than it should be
+    for node_id in await unlisted(connection, "session"):
+        # One that comes back this very moment finds its mirror smaller than it should be.
         await connection.execute(
             """
             DELETE FROM session WHERE node_id = $1 AND session_id = ANY (ARRAY (
                 SELECT session_id FROM session WHERE node_id = $1 ORDER BY session_id FOR UPDATE))
             """,
-            row["node_id"],
+            node_id,
         )
+
+
+async def unlisted(connection: Connection, table: Literal["session", "presence"]) -> list[NodeId]:
+    """Nodes that are not on the list and still have rows in a table.
+
+    A step through its index for each node, not a look at every row: every node asks this every two seconds.
+    """
+    rows = await connection.fetch(
+        f"""
+        WITH RECURSIVE holder AS (
+            SELECT min(node_id) AS node_id FROM {table}
+            UNION ALL
+            SELECT (SELECT min(t.node_id) FROM {table} t WHERE t.node_id > holder.node_id)
+            FROM holder WHERE holder.node_id IS NOT NULL
+        )
+        SELECT h.node_id FROM holder h
+        WHERE h.node_id IS NOT NULL AND NOT EXISTS (SELECT FROM node n WHERE n.node_id = h.node_id)
+        """  # noqa: S608  # one of two names
+    )
+    return [row["node_id"] for row in rows]
 
 
 async def clear_mirror(connection: Connection, node_id: NodeId) -> None:

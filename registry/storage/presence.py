@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 from registry.model import DeviceId, NodeId, TenantId
+from registry.storage import nodes
 from registry.storage.database import Connection
 
 Place = tuple[DeviceId, NodeId]
@@ -103,23 +104,12 @@ async def of_node(connection: Connection, node_id: NodeId) -> set[DeviceId]:
 
 async def of_nobody(connection: Connection, limit: int) -> list[Place]:
     """Devices that are held by nodes which are off the list."""
-    nodes = await connection.fetch(
-        """
-        WITH RECURSIVE holder AS (
-            SELECT min(node_id) AS node_id FROM presence
-            UNION ALL
-            SELECT (SELECT min(p.node_id) FROM presence p WHERE p.node_id > holder.node_id)
-            FROM holder WHERE holder.node_id IS NOT NULL
-        )
-        SELECT h.node_id FROM holder h
-        WHERE h.node_id IS NOT NULL AND NOT EXISTS (SELECT FROM node n WHERE n.node_id = h.node_id)
-        """
-    )
-    if not nodes:
+    gone = await nodes.unlisted(connection, "presence")
+    if not gone:
         return []
     rows = await connection.fetch(
         "SELECT device_id, node_id FROM presence WHERE node_id = ANY ($1::text[]) LIMIT $2",
-        [row["node_id"] for row in nodes],
+        gone,
         limit,
     )
     return [(row["device_id"], row["node_id"]) for row in rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
@@ -29,29 +28,9 @@ from registry.messaging_values import (
 from registry.model import CredentialId, DeviceId, NodeId, TenantId
 from registry.storage.database import Database
 from tests.conftest import MakeDevice, MakeTenant
-from tests.messaging_brokers import NOON, Broker, Seconds, broker_on
+from tests.messaging_brokers import NOON, Broker, Seconds, broker, broker_on, clock, key, other
 
-
-@pytest.fixture
-def clock() -> Seconds:
-    return Seconds()
-
-
-@pytest.fixture
-async def broker(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "a", clock) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def other(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "b", clock) as opened:
-        yield opened
-
-
-@pytest.fixture
-def key(tenant_id: TenantId, device_id: DeviceId) -> SessionKey:
-    return SessionKey(tenant_id, device_id, "client")
+__all__ = ["broker", "clock", "key", "other"]
 
 
 async def rows(database: Database, table: str) -> int:

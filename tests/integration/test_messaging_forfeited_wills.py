@@ -10,7 +10,7 @@ Nobody follows the revocation here; the judgement is the will's own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from unittest import mock
 from uuid import uuid4
 
@@ -23,20 +23,11 @@ from registry.model import CredentialId, DeviceId, TenantId
 from registry.storage import messaging_sessions
 from registry.storage.database import Database
 from tests.conftest import MakeDevice
-from tests.messaging_brokers import Broker, Seconds, Served, broker_on
+from tests.messaging_brokers import Broker, Served, broker, clock
+
+__all__ = ["broker", "clock"]
 
 EXPIRY = 30.0
-
-
-@pytest.fixture
-def clock() -> Seconds:
-    return Seconds()
-
-
-@pytest.fixture
-async def broker(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "a", clock) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -33,29 +33,9 @@ from registry.storage import messaging_routes
 from registry.storage.commits import certain_transaction
 from registry.storage.database import Connection, Database
 from tests.conftest import MakeDevice
-from tests.messaging_brokers import Broker, Seconds, broker_on
+from tests.messaging_brokers import Broker, Seconds, broker, broker_on, clock, key, other
 
-
-@pytest.fixture
-def clock() -> Seconds:
-    return Seconds()
-
-
-@pytest.fixture
-async def broker(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "a", clock) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def other(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "b", clock) as opened:
-        yield opened
-
-
-@pytest.fixture
-def key(tenant_id: TenantId, device_id: DeviceId) -> SessionKey:
-    return SessionKey(tenant_id, device_id, "client")
+__all__ = ["broker", "clock", "key", "other"]
 
 
 async def retained(broker: Broker, tenant_id: TenantId) -> list[bytes]:

@@ -12,7 +12,7 @@ is in the last test. The watcher has a stored session, so that it misses nothing
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from unittest import mock
 from uuid import uuid4
@@ -25,18 +25,18 @@ from adapters.mqtt.wire_packets import Publish, QoS, Will
 from adapters.mqtt.wire_reasons import Version
 from registry.errors import Unavailable
 from registry.messaging_values import Message, Opening, SessionKey, SessionLost, StoredWill
-from registry.model import CredentialId, DeviceId, TenantId
+from registry.model import CredentialId, TenantId
 from registry.storage.database import Database
 from tests.conftest import MakeDevice
 from tests.http_api import Api, api
-from tests.messaging_brokers import Broker, Seconds, Served, broker_on
+from tests.messaging_brokers import Broker, Served, broker, clock, key, other
 from tests.mqtt_devices import GRANTS, KEEP, devices, silent
 from tests.mqtt_server import Client, Device, Gone, Running, serving_mqtt
 from tests.nodes import until
 from tests.processes import server_process
 from tests.whole_system import new_tenant
 
-__all__ = ["api"]
+__all__ = ["api", "broker", "clock", "key", "other"]
 
 Kind = tuple[Version, bool, Properties]
 """Version, clean start, properties."""
@@ -217,28 +217,6 @@ async def test_who_vanishes_while_being_admitted_leaves_the_will_unless_revoked(
 
 
 # A killed node.
-
-
-@pytest.fixture
-def clock() -> Seconds:
-    return Seconds()
-
-
-@pytest.fixture
-async def broker(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "a", clock) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def other(dsn: str, clock: Seconds) -> AsyncIterator[Broker]:
-    async with broker_on(dsn, "b", clock) as opened:
-        yield opened
-
-
-@pytest.fixture
-def key(tenant_id: TenantId, device_id: DeviceId) -> SessionKey:
-    return SessionKey(tenant_id, device_id, "client")
 
 
 @pytest.fixture

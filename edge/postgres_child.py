@@ -86,5 +86,6 @@ def _leave_watcher(death_signal: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):  # a shell's background jobs ignore the first two
+        signal.signal(number, signal.SIG_DFL)
     main(sys.argv[1:])

@@ -471,11 +471,14 @@ def test_a_child_outlives_the_thread_and_the_loop_that_asked_for_it(tmp_path: Pa
 @pytest.mark.parametrize("guard", ["prctl", "watch"])
 @only_linux
 async def test_either_guard_ends_the_child_of_a_killed_parent(tmp_path: Path, guard: str) -> None:
+    """Also where it was started in the background of a script: a shell without job control has SIGQUIT ignored then."""
     script = f"""
 import asyncio
+import signal
 from pathlib import Path
 from edge.postgres_process import BoundedLog, ChildProcess
 async def main():
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     log = BoundedLog(Path({str(tmp_path / "log")!r}))
     child = await ChildProcess.spawn(["/bin/sleep", "100"], log=log, guard={guard!r})
     print(child.pid, flush=True)

@@ -116,8 +116,8 @@ async def test_grants_that_come_while_a_device_is_connected_count_at_once(mqtt: 
 
 async def _wills_judged(mqtt: Running) -> None:
     """Wait until no will waits to be published or dropped."""
-    async with asyncio.timeout(20), mqtt.api.database.connection() as connection:
-        while await connection.fetchval("SELECT count(*) FROM messaging_will"):
+    async with asyncio.timeout(20):
+        while await _waiting_wills(mqtt):
             await asyncio.sleep(0.01)
 
 
